@@ -1,0 +1,123 @@
+"""The Celery app: ``celery -A nograd.tasks worker`` and ``celery -A nograd.tasks flower`` find it here.
+
+`create_app` makes one for any Redis; `app` is the one of this process's environment (``NOGRAD_REDIS_URL``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from celery import Celery
+from celery.signals import celeryd_init
+from kombu import Queue
+
+from .keys import PREDICT_TASK, queue_name
+from .modelfile import load_model_file
+from .settings import Settings
+
+#: what a worker holds, in batches of its largest model: one on the device, one in preparation, two on their way
+BATCHES_IN_FLIGHT = 4
+#: messages in flight at the least, so that tasks other than predictions are not starved beside a model of batch 1
+MIN_IN_FLIGHT = 16
+
+
+def create_app(settings: Settings) -> Celery:
+    """A Celery app on the Redis of ``settings``.
+
+    It does not become the current app: a web server that imports nograd keeps its own.
+    """
+    app = Celery("nograd", set_as_current=False, broker=settings.redis_url, backend=settings.redis_url)
+    app.conf.update(
+        # The pool that batches. Celery reads this only in a worker that was started without -P.
+        worker_pool="nograd.workers.pool:TaskPool",
+        worker_consumer="nograd.tasks.consumer:Consumer",
+        # JSON and msgpack on every path: whoever can write to Redis must not be able to run code in a worker.
+        task_serializer="json",
+        result_serializer="json",
+        event_serializer="json",
+        accept_content=["json", "msgpack"],
+        result_accept_content=["json", "msgpack"],
+        # A message is acknowledged when its result is stored, so that a killed worker's jobs are run by another.
+        task_acks_late=True,
+        # Failures are outcomes like any other: stored, then acknowledged.
+        task_acks_on_failure=True,
+        task_acks_on_timeout=True,
+        # `--concurrency` is the number of messages in flight here; prefetching more would only take them from idle workers.
+        worker_prefetch_multiplier=1,
+        # The pool holds many messages of one task name; Celery's token buckets would add a timer to each.
+        worker_disable_rate_limits=True,
+        # Threads of the pool finish what they run after a lost connection; Celery cannot cancel them.
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        # A job of an unknown queue name is a job for a model: queues are made on demand.
+        task_create_missing_queues=True,
+        task_routes=(route,),
+        # Flower shows jobs from the moment they are sent.
+        task_send_sent_event=True,
+        worker_send_task_events=True,
+        task_track_started=False,  # one more round trip per job; the started event tells Flower the same
+        # Every result has an end.
+        result_expires=settings.result_ttl_s,
+        # A result is not lost because Redis was away when it was ready.
+        result_backend_always_retry=True,
+        result_backend_max_retries=60,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        # READONLY and OOM replies must not end the worker.
+        broker_channel_error_retry=True,
+        # A publish that fails says so within seconds instead of holding a web request.
+        task_publish_retry_policy={"max_retries": 3, "interval_start": 0, "interval_step": 0.2, "interval_max": 1},
+        broker_transport_options={
+            # 0 is the highest priority on Redis; "priority" drains it first, the default alternates.
+            "queue_order_strategy": "priority",
+            "socket_connect_timeout": 3,
+            "socket_timeout": 30,  # longer than a blocking pop; without one a silent Redis holds a publisher for ever
+            "socket_keepalive": True,
+            "health_check_interval": 10,
+        },
+        redis_socket_connect_timeout=3,
+        redis_socket_timeout=30,
+        redis_socket_keepalive=True,
+        redis_backend_health_check_interval=15,
+        # The worker's log stays its own; prints of models are not Celery's business.
+        worker_redirect_stdouts=False,
+    )
+    return app
+
+
+def route(name: str, args: Any, kwargs: Any, options: Any, task: Any = None, **_: Any) -> dict[str, str] | None:  # noqa: ARG001
+    """Send a prediction to the queue of its model (Celery's router protocol)."""
+    if name != PREDICT_TASK:
+        return None
+    model = (kwargs or {}).get("model") or next(iter(args or ()), None)
+    return {"queue": queue_name(model)} if isinstance(model, str) else None
+
+
+def configure_worker(app: Celery, settings: Settings, concurrency: int | None = None) -> None:
+    """Let a worker of ``app`` consume the queues of the models of its model file.
+
+    Raises:
+        ModelFileError: if the file is wrong.
+    """
+    if settings.models is None:
+        return
+    specs = load_model_file(settings.models).specs
+    app.conf.task_queues = [Queue(queue_name(name), routing_key=queue_name(name)) for name in specs]
+    if not concurrency and not app.conf.worker_concurrency:
+        largest = max(spec.batch.max_items for spec in specs.values())
+        app.conf.worker_concurrency = max(MIN_IN_FLIGHT, BATCHES_IN_FLIGHT * largest)
+
+
+app = create_app(Settings.from_env())
+
+
+@celeryd_init.connect
+def _configure_own_worker(instance: Any = None, options: dict[str, Any] | None = None, **_: Any) -> None:
+    # Celery logs and swallows an Exception of a signal handler; SystemExit is the way to refuse the start.
+    if instance is None or instance.app is not app:
+        return
+    from .errors import ConfigError
+
+    try:
+        configure_worker(app, Settings.from_env(), (options or {}).get("concurrency"))
+    except ConfigError as err:
+        raise SystemExit(f"nograd: the worker does not start: {err.message}") from err

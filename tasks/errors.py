@@ -1,0 +1,121 @@
+"""What can go wrong, by what the caller does next.
+
+::
+
+    NogradError
+    ├── ConfigError            fix the configuration; the message names key, value and file
+    │   └── ModelFileError
+    ├── BrokerUnavailable      Redis cannot be reached; try again, nothing was accepted
+    ├── ResultTimeout          the job is still on its way; ask again later
+    ├── UnknownModel           no such model; the message lists the known ones
+    └── JobError               stored as the outcome of one job
+        ├── InvalidInput       this input will never work: fix it, do not retry
+        ├── ModelFailed        the model raised on this input
+        ├── OutputMismatch     the model broke its contract (one output for each input)
+        ├── DeadlinePassed     the job waited longer than it was allowed to
+        ├── PayloadMissing     the input's bytes are gone from Redis
+        ├── JobCancelled       somebody revoked it
+        └── Overloaded         retried by the worker, with backoff
+
+Celery rebuilds an exception from its class and ``args``, in a process that may hold another version of this module.
+So each error takes exactly one argument, its message, and what it means (``code``, ``retryable``) stands on the class.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class NogradError(Exception):
+    """Base of all errors of nograd."""
+
+    #: stable name for programs (``--json`` output, error rows); never reused for another meaning
+    code: ClassVar[str] = "error"
+    #: whether the same job may succeed if it is run again unchanged
+    retryable: ClassVar[bool] = False
+
+    @property
+    def message(self) -> str:
+        """The message, without the class name."""
+        return str(self.args[0]) if self.args else ""
+
+
+class ConfigError(NogradError):
+    """A setting is missing or wrong. The message names the key, the value and where it stands."""
+
+    code = "config"
+
+
+class ModelFileError(ConfigError):
+    """The model file is wrong, or something it points to is missing or refused."""
+
+    code = "model_file"
+
+
+class BrokerUnavailable(NogradError):  # noqa: N818 - a state, as the caller sees it
+    """Redis did not answer. Nothing was accepted."""
+
+    code = "broker_unavailable"
+    retryable = True
+
+
+class ResultTimeout(NogradError, TimeoutError):  # noqa: N818 - a state, as the caller sees it
+    """The job has no outcome yet. It goes on; ask again."""
+
+    code = "result_timeout"
+    retryable = True
+
+
+class UnknownModel(NogradError):  # noqa: N818 - a state, as the caller sees it
+    """No model of that name is in the model file or was ever registered by a worker."""
+
+    code = "unknown_model"
+
+
+class JobError(NogradError):
+    """The outcome of one job that did not succeed."""
+
+    code = "job_failed"
+
+
+class InvalidInput(JobError):  # noqa: N818 - a state, as the caller sees it
+    """The input is not what the model takes. Running it again cannot help."""
+
+    code = "invalid_input"
+
+
+class ModelFailed(JobError):  # noqa: N818 - a state, as the caller sees it
+    """The model raised on this input, alone in its batch."""
+
+    code = "model_failed"
+
+
+class OutputMismatch(JobError):  # noqa: N818 - a state, as the caller sees it
+    """The model did not return one output for each input; its whole batch fails, since nobody knows whose is whose."""
+
+    code = "output_mismatch"
+
+
+class DeadlinePassed(JobError):  # noqa: N818 - a state, as the caller sees it
+    """The job waited longer than its ``timeout_s`` before the device was free for it."""
+
+    code = "deadline_passed"
+
+
+class PayloadMissing(JobError):  # noqa: N818 - a state, as the caller sees it
+    """The bytes of the input were deleted or expired in Redis before the job ran."""
+
+    code = "payload_missing"
+
+
+class JobCancelled(JobError):  # noqa: N818 - a state, as the caller sees it
+    """The job was revoked or had expired before it ran."""
+
+    code = "cancelled"
+
+
+class Overloaded(JobError):  # noqa: N818 - a state, as the caller sees it
+    """Out of some resource for the moment; the worker retries the job with backoff."""
+
+    code = "overloaded"
+    retryable = True

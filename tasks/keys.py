@@ -1,0 +1,26 @@
+"""Every queue and Redis key nograd itself writes, with its lifetime.
+
+Celery's own keys (results, ``unacked``, ``_kombu.binding.*``) are Celery's; results get their TTL from ``result_expires``.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+#: the name of the task whose messages the batch pool batches
+PREDICT_TASK: Final = "nograd.predict"
+
+#: hash, model name → JSON of `registry.ModelCard`; renewed by every worker that serves a model
+MODELS_KEY: Final = "nograd:models"
+#: seconds a model stays known after the last worker that served it renewed its card
+MODELS_TTL_S: Final = 7 * 24 * 3600
+#: seconds between two renewals by a worker
+MODELS_RENEW_S: Final = 3600
+
+#: seconds a result is kept if nobody says otherwise (``NOGRAD_RESULT_TTL_S``)
+RESULT_TTL_S: Final = 24 * 3600
+
+
+def queue_name(model: str) -> str:
+    """The Celery queue of a model."""
+    return f"nograd.{model}"

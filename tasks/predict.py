@@ -1,0 +1,62 @@
+"""The task ``nograd.predict``: what crosses the wire, in one place.
+
+========== ====================================================================================
+args       ``[model, input]``
+kwargs     ``params``: overrides the model's default parameters for this job;
+           ``many``: true if ``input`` is a list of inputs, each its own item of the batch
+result     the prediction; with ``many`` a list, in order, of ``{"prediction": …}`` or
+           ``{"error": {"type", "code", "message"}}``
+========== ====================================================================================
+
+The batch pool (`nograd.workers.pool`) runs the forward first and Celery's own tracer afterwards: inside the tracer this
+task's body only hands out the outcome that is already there. So whatever Celery does around a task (results, acks,
+events, retries, chains, groups, chords, signals) happens to predictions as well, by Celery's own code.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Final
+
+from celery import shared_task
+
+from .errors import ConfigError
+from .keys import PREDICT_TASK
+
+#: seconds before a retryable error's first retry; doubles with each
+RETRY_BACKOFF_S: Final = 1
+#: seconds between retries, at most
+RETRY_BACKOFF_MAX_S: Final = 60
+MAX_RETRIES: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one message ended: a value, or an error."""
+
+    value: Any = None
+    error: Exception | None = None
+
+
+#: The outcome of the message that is being traced on this thread; set by the batch pool around the tracer.
+traced_outcome: ContextVar[Outcome | None] = ContextVar("traced_outcome", default=None)
+
+
+@shared_task(name=PREDICT_TASK, bind=True, max_retries=MAX_RETRIES, acks_late=True)
+def predict(self: Any, model: str, input: Any, params: dict[str, Any] | None = None, many: bool = False) -> Any:  # noqa: A002, ARG001
+    """Predict ``input`` with ``model``.
+
+    Raises:
+        JobError: the outcome of this job, computed before by the pool.
+        ConfigError: if the worker runs another pool than ours.
+    """
+    outcome = traced_outcome.get()
+    if outcome is None:
+        raise ConfigError(f"{PREDICT_TASK} runs in nograd's batch pool only: start the worker with worker_pool='nograd.workers.pool:TaskPool'")
+    if outcome.error is None:
+        return outcome.value
+    if getattr(outcome.error, "retryable", False):
+        backoff = min(RETRY_BACKOFF_S * 2**self.request.retries, RETRY_BACKOFF_MAX_S)
+        raise self.retry(exc=outcome.error, countdown=backoff)
+    raise outcome.error

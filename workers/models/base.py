@@ -1,0 +1,91 @@
+"""What every hosted model is to the pool, whatever loaded it.
+
+::
+
+    load ──► (warm-up) ──► prepare ──► forward ──► finish
+    device thread          CPU threads  device thread  CPU threads
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nograd.tasks.errors import ModelFileError
+
+if TYPE_CHECKING:
+    import torch
+
+    from nograd.tasks.modelfile import AnySpec
+
+
+class HostedModel(ABC):
+    """One model of the model file, in one worker process.
+
+    The pool calls `load` and `forward` on its device thread only, inside ``torch.no_grad()``; `prepare` and `finish` on
+    CPU threads, several at once. After `load` nothing of a model changes, so that needs no locks.
+
+    Attributes:
+        name: its name in the model file.
+        spec: what the model file says of it.
+        file: the model file; relative paths in it are relative to its folder.
+    """
+
+    def __init__(self, name: str, spec: AnySpec, file: Path) -> None:
+        self.name = name
+        self.spec = spec
+        self.file = file
+
+    @abstractmethod
+    def load(self, device: torch.device) -> None:
+        """Load the weights onto ``device`` and assert ``eval()``.
+
+        Raises:
+            ModelFileError: naming key, value and file, if something of the model is missing or refused.
+        """
+
+    @abstractmethod
+    def prepare(self, input: Any, params: Mapping[str, Any]) -> Any:  # noqa: A002
+        """Check, decode and preprocess one input, as `nograd.tasks.payloads.decode_input` gives it.
+
+        Raises:
+            InvalidInput: if the model cannot take it, saying why.
+        """
+
+    @abstractmethod
+    def forward(self, batch: Sequence[Any], params: Mapping[str, Any]) -> Sequence[Any]:
+        """Run one batch of what `prepare` returned; all of one `bucket` and with equal ``params``.
+
+        Returns:
+            One output for each input, in order, on the CPU: whoever gets it may be on another thread, and a CUDA error
+            must surface here, where it blames the right batch.
+        """
+
+    def finish(self, output: Any, params: Mapping[str, Any]) -> Any:  # noqa: ARG002
+        """Turn one output into a plain JSON-able prediction."""
+        return output
+
+    def bucket(self, prepared: Any) -> Hashable:  # noqa: ARG002
+        """What must be equal for two prepared inputs to share a batch (a shape, a length class)."""
+        return None
+
+    def examples(self) -> Sequence[Any]:
+        """Inputs for the warm-up, as `prepare` takes them; none if the model gives no way to know."""
+        return []
+
+    def path(self, key: str, value: str) -> Path:
+        """The existing file or folder a key of the model file points to.
+
+        Raises:
+            ModelFileError: if there is none.
+        """
+        path = (self.file.parent / value).resolve()
+        if not path.exists():
+            raise self.error(key, value, f"no such file: {path}")
+        return path
+
+    def error(self, key: str, value: Any, why: str) -> ModelFileError:
+        """An error that names key, value and file as the model file's own checks do."""
+        return ModelFileError(f"{self.file}: [{self.name}] {key} = {value!r}: {why}")
