@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from celery import Celery
 from celery.signals import celeryd_init
 from kombu import Queue
 
+from .errors import ConfigError
 from .keys import PREDICT_TASK, queue_name
 from .modelfile import load_model_file
 from .settings import Settings
@@ -42,7 +44,7 @@ def create_app(settings: Settings) -> Celery:
         # Failures are outcomes like any other: stored, then acknowledged.
         task_acks_on_failure=True,
         task_acks_on_timeout=True,
-        # `--concurrency` is the number of messages in flight here; prefetching more would only take them from idle workers.
+        # `--concurrency` is the number of messages in flight here; more would only be taken from idle workers.
         worker_prefetch_multiplier=1,
         # The pool holds many messages of one task name; Celery's token buckets would add a timer to each.
         worker_disable_rate_limits=True,
@@ -115,9 +117,8 @@ def _configure_own_worker(instance: Any = None, options: dict[str, Any] | None =
     # Celery logs and swallows an Exception of a signal handler; SystemExit is the way to refuse the start.
     if instance is None or instance.app is not app:
         return
-    from .errors import ConfigError
-
     try:
         configure_worker(app, Settings.from_env(), (options or {}).get("concurrency"))
     except ConfigError as err:
-        raise SystemExit(f"nograd: the worker does not start: {err.message}") from err
+        sys.stderr.write(f"nograd: the worker does not start: {err.message}\n")
+        raise SystemExit(2) from err

@@ -1,6 +1,6 @@
 """Every queue and Redis key nograd itself writes, with its lifetime.
 
-Celery's own keys (results, ``unacked``, ``_kombu.binding.*``) are Celery's; results get their TTL from ``result_expires``.
+Celery's own keys (results, ``unacked``, ``_kombu.binding.*``) are Celery's; a result's TTL is ``result_expires``.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         labels: class names where the model does not bring them: a list, or a text file with one name per line.
             With labels, a vector of logits per input becomes ``{"label", "score", "top"}``.
         top: how many classes ``top`` lists.
-        shape: shape of one input tensor, -1 for a free dimension. Inputs of another shape are refused with a clear error.
+        shape: shape of one input tensor, -1 for a free dimension. Inputs of another shape are refused.
         example: one input, as a producer would send it; run at warm-up.
         allow_nonfinite: accept NaN and infinity in rows and tensors.
         dtype: the model's floating type; inputs are cast to it.

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 #: dtypes an array may have on the wire
 _DTYPES = frozenset(
-    f"{kind}{bits}" for kind, widths in (("float", (16, 32, 64)), ("int", (8, 16, 32, 64)), ("uint", (8, 16, 32, 64))) for bits in widths
+    f"{kind}{bits}"
+    for kind, widths in (("float", (16, 32, 64)), ("int", (8, 16, 32, 64)), ("uint", (8, 16, 32, 64)))
+    for bits in widths
 ) | {"bool"}
 
 #: A dict with exactly these keys makes kombu's JSON decoder drop the whole message, and its result waits for ever.
@@ -111,7 +113,7 @@ def _describe_input(value: Any) -> str:  # noqa: PLR0911 - one line for each kin
     if isinstance(value, str):
         return f"{len(value)} characters"
     if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"{'×'.join(map(str, tuple(value.shape)))} {str(value.dtype).removeprefix('torch.')}"
+        return f"{'x'.join(map(str, tuple(value.shape)))} {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, list | tuple):
         return f"{len(value)} values"
     return type(value).__name__
@@ -163,7 +165,9 @@ def _check_json(value: Any, where: str) -> Any:
         return [_check_json(item, f"{where}[{i}]") for i, item in enumerate(value)] if _mixed(value) else list(value)
     if isinstance(value, dict):
         if set(value) == _KOMBU_MARKER:
-            raise InvalidInput(f"{where}: a dict with exactly the keys '__type__' and '__value__' cannot be sent: the broker drops it")
+            raise InvalidInput(
+                f"{where}: a dict with exactly the keys '__type__' and '__value__' cannot be sent: the broker drops it"
+            )
         for key in value:
             if not isinstance(key, str):
                 raise InvalidInput(f"{where}: the key {key!r} is not a string")

@@ -53,7 +53,10 @@ def predict(self: Any, model: str, input: Any, params: dict[str, Any] | None = N
     """
     outcome = traced_outcome.get()
     if outcome is None:
-        raise ConfigError(f"{PREDICT_TASK} runs in nograd's batch pool only: start the worker with worker_pool='nograd.workers.pool:TaskPool'")
+        raise ConfigError(
+            f"{PREDICT_TASK} runs in nograd's batch pool only: "
+            "start the worker with worker_pool='nograd.workers.pool:TaskPool'"
+        )
     if outcome.error is None:
         return outcome.value
     if getattr(outcome.error, "retryable", False):

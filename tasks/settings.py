@@ -54,7 +54,9 @@ def check_redis_url(url: str, name: str = "Redis URL") -> str:
     """
     scheme = urlsplit(url.split(";", 1)[0]).scheme
     if scheme not in _SCHEMES:
-        raise ConfigError(f"{name}: {scheme or 'no'} scheme in {url.split('@')[-1]!r}; expected one of {', '.join(_SCHEMES)}://")
+        raise ConfigError(
+            f"{name}: {scheme or 'no'} scheme in {url.rsplit('@', maxsplit=1)[-1]!r}; expected one of {', '.join(_SCHEMES)}://"
+        )
     return url
 
 

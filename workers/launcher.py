@@ -1,0 +1,166 @@
+"""One worker process per GPU, started again when it dies (``nograd worker --gpus …``).
+
+Laws:
+
+* ``CUDA_VISIBLE_DEVICES`` is in a worker's environment before its interpreter starts, so before torch is imported.
+* Every worker has a node name of its own: Celery and Flower merge workers that share one.
+* A worker that ends by itself is started again, after a pause that doubles while it keeps dying. One that refuses its
+  configuration (exit code 2) is not: starting it again cannot help, and the whole launch ends with 2.
+* SIGTERM and SIGINT reach every worker, which then finishes what is on its device; a killed launcher takes them along.
+
+The launcher itself never imports torch: it must not touch CUDA before its children do.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nograd.tasks.errors import ConfigError
+
+from .lifeline import die_with_parent
+
+logger = logging.getLogger(__name__)
+
+#: exit code of a worker that refuses its configuration
+EXIT_CONFIG = 2
+#: seconds before a dead worker is started again; doubles up to the second while it lives shorter than the third
+RESTART_S, RESTART_MAX_S, STEADY_S = 1.0, 30.0, 60.0
+
+
+def visible_gpus(gpus: str, env: Mapping[str, str] | None = None) -> list[str]:
+    """The devices to start workers on: one entry each for ``CUDA_VISIBLE_DEVICES``, ``""`` for a CPU worker.
+
+    Args:
+        gpus: ``all`` (a CPU worker if there is none), ``none``, or indices and UUIDs (``0,2``).
+        env: the environment; ``CUDA_VISIBLE_DEVICES`` in it limits what ``all`` means.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    if gpus == "none":
+        return [""]
+    if gpus == "all":
+        limited = (os.environ if env is None else env).get("CUDA_VISIBLE_DEVICES")
+        return ([name for name in limited.split(",") if name] if limited is not None else _installed_gpus()) or [""]
+    names = [name.strip() for name in gpus.split(",")]
+    if not all(name.isdigit() or name.startswith(("GPU-", "MIG-")) for name in names) or len(set(names)) < len(names):
+        raise ConfigError(f"--gpus = {gpus!r}: expected all, none, or different indices or UUIDs like 0,2")
+    return names
+
+
+def _installed_gpus() -> list[str]:
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return []
+    listing = subprocess.run(  # noqa: S603 - a fixed command
+        [smi, "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=False, timeout=60
+    )
+    return listing.stdout.split() if listing.returncode == 0 else []
+
+
+@dataclass(slots=True)
+class _Worker:
+    """One place of the fleet: its device, and the process that fills it now."""
+
+    gpu: str
+    command: list[str]
+    env: dict[str, str]
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+    deaths: int = 0
+    restart_at: float = field(default=0.0)
+
+    def start(self) -> None:
+        self.started = time.monotonic()
+        self.process = subprocess.Popen(self.command, env=self.env, preexec_fn=die_with_parent())  # noqa: S603, PLW1509
+
+    def died(self, now: float) -> float:
+        """Plan the restart; seconds until it."""
+        self.process = None
+        self.deaths = 1 if now - self.started > STEADY_S else self.deaths + 1
+        pause = min(RESTART_S * 2 ** (self.deaths - 1), RESTART_MAX_S)
+        self.restart_at = now + pause
+        return pause
+
+
+def run(models: Path, gpus: str = "all", concurrency: int | None = None, celery_args: Sequence[str] = ()) -> int:
+    """Run the workers of this machine until told to stop; the exit code for the shell.
+
+    Raises:
+        ConfigError: if ``gpus`` makes no sense.
+    """
+    workers = [_worker(gpu, models, concurrency, celery_args) for gpu in visible_gpus(gpus)]
+    stopping = threading.Event()
+    previous = {number: signal.signal(number, lambda *_: stopping.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return _supervise(workers, stopping)
+    finally:
+        _stop(workers)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _supervise(workers: list[_Worker], stopping: threading.Event) -> int:
+    while not stopping.wait(0.2):
+        now = time.monotonic()
+        for worker in workers:
+            if worker.process is None:
+                if now >= worker.restart_at:
+                    worker.start()
+                continue
+            code = worker.process.poll()
+            if code is None:
+                continue
+            if code == EXIT_CONFIG:
+                worker.process = None
+                return EXIT_CONFIG
+            if code == 0:  # somebody asked this worker to stop (remote shutdown); that is not a crash
+                worker.process = None
+                worker.restart_at = float("inf")
+                if all(w.process is None and w.restart_at == float("inf") for w in workers):
+                    return 0
+                continue
+            logger.warning(
+                "worker on %s ended with %s; starting again in %.0f s", _name(worker.gpu), code, worker.died(now)
+            )
+    return 0
+
+
+def _stop(workers: list[_Worker]) -> None:
+    """End all workers the warm way, and wait: what is on a device is finished and stored."""
+    running = [worker.process for worker in workers if worker.process is not None and worker.process.poll() is None]
+    for process in running:
+        process.terminate()
+    for process in running:
+        process.wait()
+
+
+def _worker(gpu: str, models: Path, concurrency: int | None, celery_args: Sequence[str]) -> _Worker:
+    command = [sys.executable, "-m", "celery", "-A", "nograd.tasks", "worker", "--without-gossip"]
+    if not any(arg.startswith(("-l", "--loglevel")) for arg in celery_args):
+        command += ["--loglevel", "INFO"]
+    if not any(arg.startswith(("-n", "--hostname")) for arg in celery_args):
+        command += ["--hostname", f"nograd-{_name(gpu)}-{os.getpid()}@%h"]
+    if concurrency is not None:
+        command += ["--concurrency", str(concurrency)]
+    env = {
+        **os.environ,
+        "NOGRAD_MODELS": str(models),
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # so that indices are those nvidia-smi shows
+        "CUDA_VISIBLE_DEVICES": gpu,
+    }
+    return _Worker(gpu, [*command, *celery_args], env)
+
+
+def _name(gpu: str) -> str:
+    return f"gpu{gpu}" if gpu else "cpu"
