@@ -1,0 +1,290 @@
+"""The client: submits jobs and hands out their results. Needs neither torch nor numpy."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import itertools
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import msgspec
+from nograd.tasks import Settings, app, create_app
+from nograd.tasks.errors import BrokerUnavailable, InvalidInput, NogradError, UnknownModel
+from nograd.tasks.modelfile import load_model_file
+from nograd.tasks.payloads import encode_input
+from nograd.tasks.registry import ModelCard
+from nograd.tasks.settings import check_redis_url
+
+from .broker import Broker, Message
+from .job import Job
+from .packing import PACK_ITEMS, Pack, Window, pack
+from .watcher import Watcher
+
+if TYPE_CHECKING:
+    from celery import Celery
+    from nograd.tasks.modelfile import InputKind
+
+#: seconds the models found in Redis are believed; a name that is not among them is always looked up again
+REGISTRY_CACHE_S = 5.0
+#: inputs of an iterator that `Client.submit_many` encodes, checks and sends at a time
+SUBMIT_CHUNK = 1000
+#: packs in flight in `Client.map` unless the caller says otherwise: what a few workers hold, so that none runs dry
+PACKS_IN_FLIGHT = 16
+
+
+class Client:
+    """Submits jobs to the workers behind one Redis.
+
+    Thread-safe, and usable with ``with``. It holds connections only while it is used, and one thread while somebody
+    waits for results.
+
+    Args:
+        redis_url: the Redis; that of the environment (``NOGRAD_REDIS_URL``) if None.
+        models: a model file whose models are known even before a worker has registered them; ``NOGRAD_MODELS`` if None.
+
+    Raises:
+        ConfigError: if the URL or the model file is wrong.
+    """
+
+    def __init__(self, redis_url: str | None = None, *, models: str | Path | None = None) -> None:
+        settings = Settings.from_env()
+        self._owns_app = redis_url is not None
+        self.app: Celery = app
+        if redis_url is not None:
+            self.app = create_app(dataclasses.replace(settings, redis_url=check_redis_url(redis_url, "redis_url")))
+        self.broker = Broker(self.app)
+        path = models or settings.models
+        self._file_cards = _cards_of_file(Path(path)) if path else {}
+        self._registry_cards: dict[str, ModelCard] = {}
+        self._registry_read_at = float("-inf")
+        self._watcher = Watcher(self.broker.outcomes)
+
+    def submit(
+        self,
+        model: str,
+        input: Any,  # noqa: A002 - the word of the contract
+        *,
+        params: dict[str, Any] | None = None,
+        expires_s: float | None = None,
+        task_id: str | None = None,
+    ) -> Job:
+        """Send one job; returns at once.
+
+        Args:
+            model: a known model.
+            input: image: path, bytes or Pillow image; text: str; rows, tensor: lists, NumPy arrays or tensors.
+            params: override the model's default parameters for this job.
+            expires_s: seconds after which no worker starts it any more.
+            task_id: an id of the caller's; submitting again under one id gives a second job with that id.
+
+        Raises:
+            UnknownModel: if no such model is known.
+            InvalidInput: if the input cannot be sent.
+            BrokerUnavailable: if Redis does not take it.
+        """
+        wire = encode_input(input, self.card(model).input)
+        message = Message.of(model, input, wire, params=params, expires_s=expires_s, task_id=task_id)
+        self.broker.publish(message)
+        return self.job(message.id, model)
+
+    def submit_many(
+        self,
+        model: str,
+        inputs: Iterable[Any],
+        *,
+        params: dict[str, Any] | None = None,
+        expires_s: float | None = None,
+    ) -> list[Job]:
+        """Send one job for each input, pipelined.
+
+        A list, tuple or array is encoded and checked as a whole before anything is sent: one bad input, and no job
+        exists. Any other iterable is taken `SUBMIT_CHUNK` inputs at a time, so that it may be larger than memory; if an
+        input in a later chunk is bad, the jobs of the earlier ones are revoked before the error is raised.
+
+        Raises:
+            UnknownModel: if no such model is known.
+            InvalidInput: for the first input that cannot be sent, by its index.
+            BrokerUnavailable: if Redis fails; what was sent before is not known.
+        """
+        _check_many(inputs)
+        kind = self.card(model).input
+        options: dict[str, Any] = {"params": params, "expires_s": expires_s}
+        sized = hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__")
+        numbered = enumerate(inputs)
+        jobs: list[Job] = []
+        while chunk := list(numbered if sized else itertools.islice(numbered, SUBMIT_CHUNK)):
+            try:
+                messages = [Message.of(model, value, _encode(index, value, kind), **options) for index, value in chunk]
+            except InvalidInput:
+                self.broker.revoke([job.id for job in jobs])
+                raise
+            self.broker.publish_many(messages)
+            jobs += [self.job(message.id, model) for message in messages]
+        return jobs
+
+    def map(
+        self,
+        model: str,
+        inputs: Iterable[Any],
+        *,
+        params: dict[str, Any] | None = None,
+        batch: int | None = None,
+        max_in_flight: int | None = None,
+        return_exceptions: bool = False,
+        timeout: float | None = None,
+    ) -> Iterator[Any]:
+        """Predict any number of inputs; predictions come in the order of the inputs, as they are ready.
+
+        Inputs travel packed, many in one message, and are read only as fast as predictions are taken. Close the
+        iterator (or drop it) to stop: what is still waiting is revoked.
+
+        Args:
+            model: a known model.
+            inputs: as in `submit`; may be endless.
+            params: override the model's default parameters.
+            batch: inputs in one message at most; by default as many as the model batches, 64 at most.
+            max_in_flight: inputs sent and not answered yet, at most; by default 16 messages full.
+            return_exceptions: give the error of a failed input in its place instead of raising it.
+            timeout: seconds to wait for one message's answer; None for ever.
+
+        Raises:
+            UnknownModel: at once, if no such model is known.
+            JobError: in the place of an input that failed, naming its index, unless ``return_exceptions``.
+            ResultTimeout: if an answer takes longer than ``timeout``.
+            BrokerUnavailable: if Redis fails.
+        """
+        _check_many(inputs)
+        card = self.card(model)
+        items = batch or min(card.max_items, PACK_ITEMS)
+        limit = max_in_flight or PACKS_IN_FLIGHT * items
+        packs = pack(inputs, card.input, min(items, limit))
+        window = Window(packs, lambda full: self._send(full.message(model, params)), limit)
+        return self._map(window, timeout, return_exceptions=return_exceptions)
+
+    def result(self, job_id: str, timeout: float | None = None) -> Any:
+        """Wait for the prediction of a job, at most ``timeout`` seconds.
+
+        Raises:
+            JobError: the error of the job, by its type.
+            ResultTimeout: if it has no outcome yet.
+            BrokerUnavailable: if Redis does not answer.
+        """
+        return self.job(job_id).result(timeout)
+
+    def job(self, job_id: str, model: str | None = None) -> Job:
+        """The job with an id, sent by whomever. Asks nobody: an unknown id is a job that stays PENDING."""
+        return Job(job_id, model, self.broker, self._watcher)
+
+    def models(self) -> dict[str, ModelCard]:
+        """All known models: those of the model file, and those workers have registered in Redis.
+
+        Raises:
+            BrokerUnavailable: if Redis does not answer.
+        """
+        registered = dict(self._registered(max_age_s=0))
+        seen = {name: card.seen_at for name, card in registered.items()}
+        named = {
+            name: msgspec.structs.replace(card, seen_at=seen.get(name, 0.0)) for name, card in self._file_cards.items()
+        }
+        return {**registered, **named}
+
+    def card(self, model: str) -> ModelCard:
+        """What is known of a model. The model file is believed before Redis.
+
+        Raises:
+            UnknownModel: if nothing is, listing the known ones.
+            BrokerUnavailable: if the model file does not name it and Redis does not answer.
+        """
+        card = self._file_cards.get(model) or self._registered(REGISTRY_CACHE_S).get(model)
+        if card is None:
+            card = self._registered(max_age_s=0).get(model)
+        if card is None:
+            raise UnknownModel(_unknown(model, sorted({*self._file_cards, *self._registry_cards})))
+        return card
+
+    def close(self) -> None:
+        """End the waiting thread and, if the client was made for a URL of its own, its connections."""
+        self._watcher.close()
+        if self._owns_app:
+            self.app.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _registered(self, max_age_s: float) -> dict[str, ModelCard]:
+        # Two threads may both read; each leaves a whole dict.
+        if time.monotonic() - self._registry_read_at >= max_age_s:
+            self._registry_cards = self.broker.cards()
+            self._registry_read_at = time.monotonic()
+        return self._registry_cards
+
+    def _send(self, message: Message) -> Job:
+        self.broker.publish(message)
+        return self.job(message.id, message.model)
+
+    def _map(self, window: Window, timeout: float | None, *, return_exceptions: bool) -> Iterator[Any]:
+        index = 0
+        try:
+            window.fill()
+            while (oldest := window.oldest()) is not None:
+                outcomes = self._collect(oldest, timeout)
+                window.drop_oldest()
+                window.fill()  # before anything is handed out: workers go on while the caller thinks
+                for outcome in outcomes:
+                    if not isinstance(outcome, NogradError):
+                        yield outcome
+                    elif return_exceptions:
+                        yield _at(index, outcome)
+                    else:
+                        raise _at(index, outcome)
+                    index += 1
+        finally:
+            self._abandon(window.jobs())
+
+    def _collect(self, sent: Pack, timeout: float | None) -> list[Any]:
+        if sent.job is None:
+            return list(sent.outcomes(None))
+        outcome = sent.job.wait(timeout)
+        sent.job.forget()  # read once, by us; millions of inputs must not fill Redis
+        return list(sent.outcomes(outcome))
+
+    def _abandon(self, jobs: Sequence[Job]) -> None:
+        ids = [job.id for job in jobs]
+        with contextlib.suppress(BrokerUnavailable):  # the reason for ending is already on its way to the caller
+            self.broker.revoke(ids)
+            self.broker.forget(ids)
+
+
+def _encode(index: int, value: Any, kind: InputKind | None) -> Any:
+    try:
+        return encode_input(value, kind)
+    except InvalidInput as err:
+        raise _at(index, err) from err
+
+
+def _at(index: int, error: NogradError) -> NogradError:
+    return type(error)(f"input {index}: {error.message}")
+
+
+def _cards_of_file(path: Path) -> dict[str, ModelCard]:
+    return {name: ModelCard.of(name, spec) for name, spec in load_model_file(path).specs.items()}
+
+
+def _unknown(model: str, known: list[str]) -> str:
+    if not known:
+        return f"unknown model {model!r}: no model file is given (NOGRAD_MODELS), and no worker has registered a model"
+    close = difflib.get_close_matches(model, known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"unknown model {model!r}.{hint} Known models: {', '.join(known)}"
+
+
+def _check_many(inputs: Any) -> None:
+    if isinstance(inputs, str | bytes | bytearray | Path):
+        raise InvalidInput(f"inputs is one {type(inputs).__name__}; give a list or an iterable of inputs")
