@@ -7,16 +7,13 @@ a card that no worker renews is forgotten; a card that cannot be read (written b
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 import msgspec
 
 from .keys import MODELS_KEY, MODELS_TTL_S, queue_name
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from .modelfile import AnySpec, InputKind
+from .modelfile import AnySpec, InputKind
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
