@@ -82,6 +82,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         example: one input, as a producer would send it; run at warm-up.
         allow_nonfinite: accept NaN and infinity in rows and tensors.
         dtype: the model's floating type; inputs are cast to it.
+        input_dtype: ``int64`` for a model that takes indices (its first layer is an embedding).
         compile: run through ``torch.compile``.
         channels_last: memory format of images.
         batch: limits of a batch.
@@ -97,6 +98,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     example: Any = None
     allow_nonfinite: bool = False
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    input_dtype: Literal["float", "int64"] = "float"
     compile: bool = False
     channels_last: bool = False
     batch: BatchLimits = BatchLimits()
@@ -152,7 +154,8 @@ class TransformersSpec(ModelSpec, frozen=True, kw_only=True, tag="transformers")
 
     def default_input(self) -> InputKind:
         """By the name of the task."""
-        return "image" if self.task.startswith(("image-", "object-", "zero-shot-image", "depth-")) else "text"
+        images = ("image-", "object-", "zero-shot-image", "zero-shot-object", "depth-")
+        return "image" if self.task.startswith(images) else "text"
 
 
 class ModuleSpec(ModelSpec, frozen=True, kw_only=True, tag="module"):

@@ -10,10 +10,10 @@ from .base import HostedModel
 if TYPE_CHECKING:
     from nograd.tasks.modelfile import ModelFile
 
-#: loader → class. Imported on demand: a fleet of plain modules never imports transformers or lightning.
+#: loader → what makes the hosted model. Imported on demand: plain modules need neither transformers nor lightning.
 _LOADERS = {
     "torchvision": "torchvision:TorchvisionModel",
-    "transformers": "transformers:TransformersModel",
+    "transformers": "transformers:open_transformers",
     "module": "module:ModuleModel",
     "lightning": "lightning:LightningModel",
     "export": "export:ExportModel",

@@ -13,11 +13,11 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nograd.tasks.errors import ModelFileError
+from nograd.tasks.errors import InvalidInput, ModelFileError
+from nograd.tasks.payloads import decode_input
 
 if TYPE_CHECKING:
     import torch
-
     from nograd.tasks.modelfile import AnySpec
 
 
@@ -73,7 +73,29 @@ class HostedModel(ABC):
 
     def examples(self) -> Sequence[Any]:
         """Inputs for the warm-up, as `prepare` takes them; none if the model gives no way to know."""
-        return []
+        return [] if self.spec.example is None else [self.given_example()]
+
+    def given_example(self) -> Any:
+        """The model file's ``example`` as `prepare` takes it: the bytes of an image file, arrays decoded.
+
+        Raises:
+            ModelFileError: if there is no such file, or the value is no input.
+        """
+        value = self.spec.example
+        if self.spec.kind == "image" and isinstance(value, str):
+            return self.path("example", value).read_bytes()
+        try:
+            return decode_input(value)
+        except InvalidInput as err:
+            raise self.error("example", value, err.message) from err
+
+    def warm_up_params(self) -> Mapping[str, Any]:
+        """Parameters of the warm-up, over those of the model file."""
+        return {}
+
+    def settings(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters of a prediction: the job's over the model file's."""
+        return {**self.spec.params, **params}
 
     def path(self, key: str, value: str) -> Path:
         """The existing file or folder a key of the model file points to.

@@ -1,0 +1,56 @@
+"""What every module goes through once it is loaded: evaluation mode, dtype, device, memory format, compilation."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .base import HostedModel
+
+
+def ready_for_inference(model: HostedModel, module: nn.Module, device: torch.device) -> None:
+    """Put a loaded module into evaluation mode and where and how the model file wants it.
+
+    Raises:
+        ModelFileError: if a part of it stays in training mode.
+    """
+    module.eval()
+    module.requires_grad_(requires_grad=False)
+    assert_eval(model, module)
+    _cast(module, dtype_of(model))
+    module.to(device)
+    if model.spec.channels_last:
+        module.to(memory_format=torch.channels_last)
+    if model.spec.compile:
+        module.compile()  # in place, so that a predict_step which calls self(x) runs the compiled forward, too
+
+
+def assert_eval(model: HostedModel, module: nn.Module) -> None:
+    """Check every part: one dropout left in training mode makes each answer another one.
+
+    Raises:
+        ModelFileError: naming the parts.
+    """
+    training = [name or type(module).__name__ for name, part in module.named_modules() if part.training]
+    if training:
+        raise model.error(
+            "loader", model.spec.loader, f"still in training mode after eval(): {', '.join(training[:5])}"
+        )
+
+
+def dtype_of(model: HostedModel) -> torch.dtype:
+    """The model file's floating type."""
+    dtype: torch.dtype = getattr(torch, model.spec.dtype)
+    return dtype
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what is floating. `nn.Module.to` would also cast what is complex, and lose the imaginary half of it."""
+    for tensor in chain(module.parameters(), module.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)

@@ -1,0 +1,147 @@
+"""A model that takes one tensor per input: what torchvision, module, lightning and export have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from nograd.tasks.errors import InvalidInput
+from torch import nn
+
+from .base import HostedModel
+from .images import Transform, colour_mode, configured_transform, decode_image
+from .inference import dtype_of, ready_for_inference
+from .labels import classify, read_labels
+from .tensors import TensorReader, split, stack, to_json
+
+#: What stands for a free dimension in a warm-up with zeros: enough for a stack of poolings, little for a sequence.
+_FREE_DIMENSION = 32
+
+
+class TensorModel(HostedModel):
+    """Reads inputs into tensors, stacks them, calls the module once, splits what it returns.
+
+    A loader says how the module is opened; preprocessing and labels come from the model file or, where a loader knows
+    them, with the weights.
+
+    Attributes:
+        device: where the module is.
+        module: the module, in evaluation mode.
+        labels: class names, or None.
+    """
+
+    device: torch.device
+    module: nn.Module
+    labels: Sequence[str] | None
+    _read: Callable[[Any], torch.Tensor]
+
+    @abstractmethod
+    def open(self, device: torch.device) -> nn.Module:
+        """The module with its weights, wherever loading put it.
+
+        Raises:
+            ModelFileError: naming key, value and file.
+        """
+
+    def load(self, device: torch.device) -> None:
+        """Open the module and make it ready: see `HostedModel.load`."""
+        self._check_keys()
+        self.device = device
+        self.labels = read_labels(self)
+        self.module = self.open(device)
+        self.place(device)
+        self._read = self._reader()
+
+    def place(self, device: torch.device) -> None:
+        """Evaluation mode, dtype, device, memory format, compilation."""
+        ready_for_inference(self, self.module, device)
+
+    def own_transform(self) -> Transform | None:
+        """The image preprocessing that comes with the weights, if any does."""
+        return None
+
+    def input_dtype(self) -> torch.dtype:
+        """What rows and tensors are cast to."""
+        return torch.int64 if self.spec.input_dtype == "int64" else dtype_of(self)
+
+    def input_shape(self) -> tuple[int, ...] | None:
+        """The shape one input has, -1 for a free dimension; None if any may do."""
+        return None if self.spec.shape is None else tuple(self.spec.shape)
+
+    def prepare(self, input: Any, params: Mapping[str, Any]) -> torch.Tensor:  # noqa: A002
+        """One input as the tensor the module takes a batch of."""
+        for name in params:
+            raise InvalidInput(f"unknown parameter {name!r}: model {self.name!r} takes none")
+        return self._read(input)
+
+    def bucket(self, prepared: torch.Tensor) -> Hashable:
+        """The shape: only equal ones can be stacked."""
+        return tuple(prepared.shape)
+
+    def forward(self, batch: Sequence[torch.Tensor], params: Mapping[str, Any]) -> Sequence[Any]:  # noqa: ARG002
+        """Run the module on the stacked inputs, ``(n, *shape)``.
+
+        Raises:
+            OutputMismatch: if it does not return one output for each.
+        """
+        return split(self.call(self._stack(batch)), len(batch))
+
+    def call(self, batch: torch.Tensor) -> Any:
+        """Call the module on a batch that is still on the CPU."""
+        return self.module(batch.to(self.device, non_blocking=True))
+
+    def finish(self, output: Any, params: Mapping[str, Any]) -> Any:  # noqa: ARG002
+        """Name the classes if there are labels; else plain numbers and nested lists."""
+        if self.labels is not None and isinstance(output, torch.Tensor):
+            return classify(output, self.labels, self.spec.top)
+        return to_json(output)
+
+    def examples(self) -> Sequence[Any]:
+        """The model file's example, else a grey image, else zeros of the known shape."""
+        if self.spec.example is not None:
+            return super().examples()
+        if self.spec.kind == "image":
+            return [np.full((64, 64, 3), 127, dtype=np.uint8)]
+        shape = self.input_shape()
+        return [] if shape is None else [np.zeros([_FREE_DIMENSION if n == -1 else n for n in shape])]
+
+    def _stack(self, batch: Sequence[torch.Tensor]) -> torch.Tensor:
+        stacked = stack(batch, pin=self.device.type == "cuda")
+        if self.spec.channels_last and stacked.ndim == 4:
+            stacked = stacked.contiguous(memory_format=torch.channels_last)
+        return stacked
+
+    def _check_keys(self) -> None:
+        """Refuse keys that would do nothing, rather than let somebody believe in them."""
+        kind = self.spec.kind
+        if kind not in ("image", "rows", "tensor"):
+            raise self.error("input", kind, f"loader {self.spec.loader!r} takes image, rows or tensor")
+        if kind != "image" and self.spec.transform is not None:
+            raise self.error("transform", self.spec.transform, f'only images are transformed; input = "{kind}"')
+        if kind == "image" and self.spec.shape is not None:
+            raise self.error("shape", self.spec.shape, "an image gets its shape from its transform")
+        if kind == "image" and self.spec.input_dtype != "float":
+            raise self.error("input_dtype", self.spec.input_dtype, "images are floating")
+        if self.spec.params:
+            raise self.error("params", self.spec.params, f"loader {self.spec.loader!r} takes none")
+
+    def _reader(self) -> Callable[[Any], torch.Tensor]:
+        if self.spec.kind != "image":
+            return TensorReader(
+                dtype=self.input_dtype(),
+                row=self.spec.kind == "rows",
+                shape=self.input_shape(),
+                allow_nonfinite=self.spec.allow_nonfinite,
+            ).read
+        transform = configured_transform(self) or self.own_transform()
+        if transform is None:
+            raise self.error(
+                "input",
+                "image",
+                "the model does not bring its preprocessing: name a `transform` (a table, or module:callable)",
+            )
+        mode, dtype = colour_mode(self.spec.transform), self.input_dtype()
+        return lambda value: transform(decode_image(value, mode)).to(dtype)

@@ -1,0 +1,45 @@
+"""The warm-up: a model answers its examples before the worker takes a job."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from nograd.tasks.errors import ModelFileError, NogradError, OutputMismatch
+
+if TYPE_CHECKING:
+    from .base import HostedModel
+
+
+def warm_up(model: HostedModel) -> None:
+    """Run each example through *prepare → forward → finish*, alone and three at a time, on the calling thread.
+
+    Alone, because a batch of one is a case of its own for compilers and for models that squeeze. Three, because a step
+    that unpacks its batch (``x, _ = batch``) runs happily, and wrongly, on two.
+
+    Raises:
+        ModelFileError: naming the model and what it raised, whatever that was.
+    """
+    try:
+        examples = model.examples()
+        with torch.no_grad():
+            for example in examples:
+                for n in sorted({1, min(3, model.spec.batch.max_items)}):
+                    _run(model, example, n)
+    except ModelFileError:
+        raise
+    except Exception as err:
+        what = err.message if isinstance(err, NogradError) else f"{type(err).__name__}: {err}"
+        hint = (
+            "" if model.spec.example is not None else " (set `example` to a real input if the made-up one is at fault)"
+        )
+        raise ModelFileError(f"{model.file}: [{model.name}] the warm-up failed: {what}{hint}") from err
+
+
+def _run(model: HostedModel, example: object, n: int) -> None:
+    params = model.warm_up_params()
+    outputs = model.forward([model.prepare(example, params) for _ in range(n)], params)
+    if len(outputs) != n:
+        raise OutputMismatch(f"the model returned {len(outputs)} outputs for {n} inputs")
+    for output in outputs:
+        model.finish(output, params)
