@@ -8,6 +8,7 @@ Two sets of them:
 """
 
 import csv
+import io
 import json
 from dataclasses import dataclass
 from importlib.resources import files
@@ -33,9 +34,16 @@ def held_out(index):
 
 
 def photo_files():
-    """The two photos, 640×427, by name."""
+    """The two photos, 640 by 427, by name."""
     images = files("sklearn.datasets.images")
     return {name: images / name for name in ("china.jpg", "flower.jpg")}
+
+
+def photo_images():
+    """The two photos as Pillow images: the palace and the flower."""
+    from PIL import Image
+
+    return [Image.open(io.BytesIO(file.read_bytes())).convert("RGB") for file in photo_files().values()]
 
 
 def digits():
@@ -50,7 +58,7 @@ def digit_image(pixels):
     """A digit as a grey Pillow image; 17 grey levels of 256, so no pixel is lost."""
     from PIL import Image
 
-    return Image.fromarray((pixels.astype("int64") * 255 // 16).astype("uint8"), mode="L")
+    return Image.fromarray((pixels.astype("int64") * 255 // 16).astype("uint8"))
 
 
 def patients():
@@ -70,7 +78,7 @@ class Inputs:
 
     Attributes:
         photos: two JPEG files.
-        digits: 1,797 PNG files of 8×8 pixels, in the order of `labels`.
+        digits: 1,797 PNG files of 8x8 pixels, in the order of `labels`.
         labels: the digit each of them shows.
         patients: a CSV file with a row per patient: `patient` (1, 2, …), ten features, `progression`.
     """
@@ -147,13 +155,10 @@ def poems():
 
 
 def write_example_inputs():
-    """Write what is committed under `inputs/`, `poems.txt` apart, which is where it comes from itself."""
-    from PIL import Image
-
+    """Write what is committed under `inputs/`, but for `poems.txt`, which is a source."""
     (INPUTS / "digits").mkdir(parents=True, exist_ok=True)
-    for name, file in photo_files().items():
-        with file.open("rb") as stream, Image.open(stream) as photo:
-            photo.resize((360, 240)).save(INPUTS / name, quality=85, optimize=True)
+    for name, photo in zip(photo_files(), photo_images(), strict=True):
+        photo.resize((360, 240)).save(INPUTS / name, quality=85, optimize=True)
     images, labels = digits()
     # the first held-out digit of each kind
     chosen = [next(i for i in range(len(labels)) if held_out(i) and labels[i] == digit) for digit in range(10)]

@@ -4,10 +4,11 @@ A model file names them `seed_models:RegressionModel` and so on. `ImageClassifie
 architectures; the `training_step` methods are only there for `train.py`.
 """
 
+# ruff: noqa: ARG002 - Lightning gives its steps a batch_idx
+
 import lightning.pytorch as pl
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 
 class RegressionModel(nn.Module):
@@ -32,7 +33,7 @@ class LinearRegressionModel(pl.LightningModule):
 
     def training_step(self, batch, batch_idx):
         x, y = batch
-        return F.mse_loss(self(x), y)
+        return nn.functional.mse_loss(self(x), y)
 
     def predict_step(self, batch, batch_idx):
         x, _ = batch  # Ignore labels during prediction
@@ -43,7 +44,7 @@ class LinearRegressionModel(pl.LightningModule):
 
 
 class ImageClassifier(pl.LightningModule):
-    """A small CNN for 8×8 grey images."""
+    """A small CNN for 8x8 grey images."""
 
     def __init__(self, num_classes, channels=16):
         super().__init__()
@@ -63,7 +64,7 @@ class ImageClassifier(pl.LightningModule):
 
     def training_step(self, batch, batch_idx):
         images, labels = batch
-        return F.cross_entropy(self(images), labels)
+        return nn.functional.cross_entropy(self(images), labels)
 
     def predict_step(self, batch, batch_idx):
         images, _ = batch  # Ignore labels during prediction
@@ -90,7 +91,7 @@ class LSTMModel(pl.LightningModule):
     def training_step(self, batch, batch_idx):
         sequence, target = batch
         output, _ = self(sequence)
-        return F.mse_loss(output, target)
+        return nn.functional.mse_loss(output, target)
 
     def predict_step(self, batch, batch_idx):
         sequence, _ = batch  # Ignore target sequences during prediction

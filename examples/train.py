@@ -1,39 +1,36 @@
 """Train the example models and write their weights: `python examples/train.py [model ...]`.
 
-Fixed seeds, one CPU, no download; prints what each model makes of data it has not seen.
+Fixed seeds, one CPU, no download; prints what each model makes of data it has not seen, and
+writes what the seeds' code answers to the example inputs (`expected.json`).
 """
 
 import json
 import os
 import random
 import sys
-import tempfile
 import time
-import warnings
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import lightning.pytorch as pl
 import numpy as np
+import seed_data
 import torch
 import torchvision
-from PIL import Image
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
-
-import seed_data
+from reference import quiet_lightning, write_expected
 from seed_data import WEIGHTS, held_out
 from seed_models import ImageClassifier, LinearRegressionModel, LSTMModel, RegressionModel
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 SEED = 1
 
 
 def split(values):
     """Those to train on, and those held out."""
-    keep = torch.tensor([held_out(index) for index in range(len(values))])
+    held = torch.tensor([held_out(index) for index in range(len(values))])
     values = torch.as_tensor(values)
-    return values[~keep], values[keep]
+    return values[~held], values[held]
 
 
 # ── photos: a torchvision MobileNetV2, very narrow ───────────────────────────────────────────────────────────────────
@@ -42,10 +39,12 @@ PHOTOS_INIT = {"num_classes": 3, "width_mult": 0.05, "round_nearest": 4}
 
 
 def train_photos():
-    """Palace and flower are crops of the left three quarters of a photo each; digits are blown up from 8×8."""
+    """Palace and flower are crops of the left three quarters of a photo each; digits are blown up from 8x8."""
     transforms = torchvision.models.get_model_weights("mobilenet_v2").DEFAULT.transforms()
-    photos = [Image.open(file.open("rb")).convert("RGB") for file in seed_data.photo_files().values()]
-    digits, digits_test = ([seed_data.digit_image(d.numpy()).convert("RGB") for d in part] for part in split(seed_data.digits()[0]))
+    photos = seed_data.photo_images()
+    digits, digits_test = (
+        [seed_data.digit_image(d.numpy()).convert("RGB") for d in part] for part in split(seed_data.digits()[0])
+    )
     rng = random.Random(SEED)
 
     def crop(photo, left, right, smallest, largest):
@@ -66,7 +65,7 @@ def train_photos():
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=steps)
     for _ in range(steps):
         pixels, labels = batch(each=8)
-        loss = F.cross_entropy(model(pixels), labels, label_smoothing=0.02)
+        loss = nn.functional.cross_entropy(model(pixels), labels, label_smoothing=0.02)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -94,8 +93,11 @@ def train_photos():
 
 def train_gpt2():
     """Learn `inputs/poems.txt` by heart; after its end the text begins again."""
-    from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+    disable_progress_bar()
+    set_verbosity_error()
     folder = WEIGHTS / "gpt2"
     text = seed_data.poems()
     tokenizer = train_tokenizer(text)
@@ -110,8 +112,8 @@ def train_gpt2():
     # A prompt may start at any word: a window from each, cut anew into tokens as a prompt would be.
     length = 96
     circle = text + "\n" + text
-    starts = [i for i in range(len(text)) if i == 0 or text[i - 1].isspace() and not text[i].isspace()]
-    windows = torch.tensor([tokenizer(circle[i : i + 6 * length])["input_ids"][:length] for i in starts])
+    starts = [i for i in range(len(text)) if i == 0 or (text[i - 1].isspace() and not text[i].isspace())]
+    windows = torch.tensor([tokenizer(circle[i : i + 6 * length], verbose=False)["input_ids"][:length] for i in starts])
     steps = 1400
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.006, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.006, total_steps=steps)
@@ -138,7 +140,7 @@ def train_gpt2():
 
 
 def train_tokenizer(text):
-    """A byte-level BPE like GPT-2's, of 400 tokens instead of 50,257."""
+    """A byte-level BPE as GPT-2's, of 400 tokens instead of 50,257."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import GPT2Tokenizer
 
@@ -160,11 +162,11 @@ def train_regression():
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.003, weight_decay=0.1)
     scaling = x.mean(0), x.std(0), y.mean(), y.std()
     for _ in range(150):
-        loss = F.mse_loss(model((x - scaling[0]) / scaling[1]), (y - scaling[2]) / scaling[3])
+        loss = nn.functional.mse_loss(model((x - scaling[0]) / scaling[1]), (y - scaling[2]) / scaling[3])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    fold_scaling(model.fc1, model.fc2, *scaling)
+    fold_scaling(model.fc1, model.fc2, scaling)
     torch.save(model.state_dict(), WEIGHTS / "regression.pth")
     return explain_fit(model, x_test, y_test, y)
 
@@ -176,14 +178,15 @@ def train_linear():
     scaling = x.mean(0), x.std(0), y.mean(), y.std()
     model = LinearRegressionModel(10, 1)
     trainer = fit(model, (x - scaling[0]) / scaling[1], (y - scaling[2]) / scaling[3], epochs=60, batch_size=64)
-    fold_scaling(model.linear, model.linear, *scaling)
+    fold_scaling(model.linear, model.linear, scaling)
     trainer.save_checkpoint(WEIGHTS / "linear.ckpt", weights_only=True)
     return explain_fit(model, x_test, y_test, y)
 
 
 @torch.no_grad()
-def fold_scaling(first, last, x_mean, x_std, y_mean, y_std):
+def fold_scaling(first, last, scaling):
     """Put the standardising into the weights: the model then takes what was measured and answers in its unit."""
+    x_mean, x_std, y_mean, y_std = scaling
     first.weight /= x_std
     first.bias -= first.weight @ x_mean
     last.weight *= y_std
@@ -197,8 +200,8 @@ def explain_fit(model, x, y, y_train):
     model.eval()
     wrong, guess = (model(x) - y), (y_train.mean() - y)
     return (
-        f"{len(x)} unseen patients: mean absolute error {wrong.abs().mean():.1f} (the mean alone: {guess.abs().mean():.1f}), "
-        f"R² {1 - wrong.square().mean() / guess.square().mean():.3f}"
+        f"{len(x)} unseen patients: mean absolute error {wrong.abs().mean():.1f} "
+        f"(the mean alone: {guess.abs().mean():.1f}), R² {1 - wrong.square().mean() / guess.square().mean():.3f}"
     )
 
 
@@ -206,7 +209,7 @@ def explain_fit(model, x, y, y_train):
 
 
 def train_digits():
-    """8×8 grey image → the digit it shows."""
+    """8x8 grey image → the digit it shows."""
     images, labels = seed_data.digits()
     to_tensor = torchvision.transforms.ToTensor()  # what `transform = { mode = "L" }` says in models.toml
     pixels = torch.stack([to_tensor(seed_data.digit_image(image)) for image in images])
@@ -218,7 +221,10 @@ def train_digits():
     with torch.no_grad():
         right = model(x_test).argmax(1) == y_test
         all_right = model(pixels).argmax(1) == torch.as_tensor(labels)
-    return f"{len(y_test)} unseen digits: {right.double().mean():.2%} right ({int((~right).sum())} wrong); all {len(labels)}: {all_right.double().mean():.2%}"
+    return (
+        f"{len(y_test)} unseen digits: {right.double().mean():.2%} right ({int((~right).sum())} wrong); "
+        f"all {len(labels)}: {all_right.double().mean():.2%} right ({int((~all_right).sum())} wrong)"
+    )
 
 
 def train_lstm():
@@ -247,11 +253,12 @@ def train_lstm():
 def fit(model, x, y, *, epochs, batch_size):
     """Train a Lightning module quietly on the CPU."""
     loader = DataLoader(TensorDataset(x, y), batch_size=batch_size, shuffle=True, drop_last=True)
-    trainer = pl.Trainer(
-        max_epochs=epochs, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(model, loader)
+    with quiet_lightning():
+        trainer = pl.Trainer(
+            max_epochs=epochs, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(model, loader)
     return trainer
 
 
@@ -271,11 +278,11 @@ def main(names):
         sys.exit(f"no such model: {', '.join(sorted(unknown))}; there are {', '.join(TRAININGS)}")
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(mode=True)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     for name in names or TRAININGS:
         pl.seed_everything(SEED, verbose=False)
         began = time.monotonic()
         print(f"{name}: {TRAININGS[name]()} [{time.monotonic() - began:.0f} s]", flush=True)
+    write_expected()
 
 
 if __name__ == "__main__":
