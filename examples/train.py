@@ -211,7 +211,7 @@ def explain_fit(model, x, y, y_train):
 def train_digits():
     """8x8 grey image → the digit it shows."""
     images, labels = seed_data.digits()
-    to_tensor = torchvision.transforms.ToTensor()  # what `transform = { mode = "L" }` says in models.toml
+    to_tensor = torchvision.transforms.ToTensor()  # which `transform` in models.toml comes to
     pixels = torch.stack([to_tensor(seed_data.digit_image(image)) for image in images])
     (x, x_test), (y, y_test) = split(pixels), split(labels)
     model = ImageClassifier(num_classes=10)
