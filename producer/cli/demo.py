@@ -1,0 +1,143 @@
+"""``nograd demo``."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from nograd.producer.client import Client
+from nograd.producer.demo import Answer, Examples, ask
+from nograd.producer.embedded import free_port, port_is_free
+from nograd.producer.fleet import FLOWER_PORT, Fleet
+from nograd.producer.processes import stopping_on_sigterm
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .common import FAILED, OK, Run, command, show
+
+#: characters of an input or prediction in the table
+CELL = 44
+
+
+@command
+@click.option("--examples", type=click.Path(path_type=Path), help="The examples folder; default: that of the checkout.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Of Flower; default: 5555, or a free one if that is taken.")
+@click.option("--keep", is_flag=True, help="Stay up afterwards, until Ctrl-C.")
+def demo(run: Run, *, examples: Path | None, port: int | None, keep: bool) -> int:
+    """Start a private Redis, a worker and Flower, send real inputs to six example models, and check every answer.
+
+    Everything that was started is stopped at the end. Exit code 1 if an answer is not what plain PyTorch gives.
+    """
+    found = Examples(examples)
+    console = Console(stderr=run.json)  # stdout is for JSON then
+    port = port or (FLOWER_PORT if port_is_free(FLOWER_PORT) else free_port())
+    with stopping_on_sigterm(), tempfile.TemporaryDirectory(prefix="nograd-demo-") as folder:
+        fleet = Fleet(
+            run.models or found.models,
+            redis_url=run.redis_url,
+            flower_port=port,
+            logs=Path(folder),
+            env={"HF_HUB_OFFLINE": "1"},  # all weights are in the folder; nothing may wait for a network
+        )
+        with fleet:
+            with console.status("Starting Redis, a worker with six models, and Flower …"):
+                started = time.perf_counter()
+                fleet.wait_ready()
+            console.print(f"Redis, worker and Flower are up after {time.perf_counter() - started:.1f} s.")
+            with Client(fleet.url, models=fleet.models) as client:
+                code = _show_answers(run, console, client, found)
+                code = _classify_digits(run, console, client, found, Path(folder)) or code
+            console.print(f"Flower has seen it all: {fleet.flower_url}")
+            if keep:
+                _stay(console, fleet)
+    console.print("Everything that was started is stopped.")
+    return code
+
+
+def _show_answers(run: Run, console: Console, client: Client, examples: Examples) -> int:
+    table = Table("model", "input", "prediction", "expected", "ms", "", title="Real inputs, through Redis and back")
+    wrong = 0
+    for model, inputs, expected in examples.questions():
+        for answer in ask(client, model, inputs, expected):
+            wrong += not answer.right
+            table.add_row(*_row(answer))
+            if run.json:
+                run.emit(_document(answer), "")
+        table.add_section()
+    console.print(table)
+    console.print(
+        f"{wrong} answers are not what plain PyTorch gives" if wrong else "Every answer is what plain PyTorch gives."
+    )
+    return FAILED if wrong else OK
+
+
+def _classify_digits(run: Run, console: Console, client: Client, examples: Examples, folder: Path) -> int:
+    files, labels = examples.digits(folder)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    started = time.perf_counter()
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("Handwritten digits", total=len(files))
+        predictions: list[Any] = []
+        for prediction in client.map("digits", files):
+            predictions.append(prediction)
+            progress.advance(bar)
+    seconds = time.perf_counter() - started
+    right = sum(prediction == label for prediction, label in zip(predictions, labels, strict=True))
+    accuracy = right / len(labels)
+    console.print(
+        f"{len(labels):,} digit images in {seconds:.1f} s ({len(labels) / seconds:,.0f} a second): "
+        f"{right:,} right, accuracy {accuracy:.1%}"
+    )
+    if run.json:
+        run.emit({"digits": len(labels), "right": right, "accuracy": accuracy, "seconds": seconds}, "")
+    return OK if accuracy > 0.9 else FAILED  # the model's own accuracy is far above
+
+
+def _row(answer: Answer) -> list[str]:
+    shown = _cell(show(answer.prediction)) if answer.error is None else answer.error["message"]
+    mark = "[green]✓[/]" if answer.right else "[red]✗[/]"
+    return [
+        answer.model,
+        _cell(_name(answer.input)),
+        shown,
+        _cell(show(answer.expected)),
+        f"{answer.seconds * 1e3:.0f}",
+        mark,
+    ]
+
+
+def _document(answer: Answer) -> dict[str, Any]:
+    outcome = {"prediction": answer.prediction} if answer.error is None else {"error": answer.error}
+    return {
+        "model": answer.model,
+        "input": _name(answer.input),
+        **outcome,
+        "expected": answer.expected,
+        "right": answer.right,
+        "ms": round(answer.seconds * 1e3, 1),
+    }
+
+
+def _name(value: Any) -> str:
+    return value.name if isinstance(value, Path) else show(value)
+
+
+def _cell(text: str) -> str:
+    line = " ".join(text.split())
+    return escape(line if len(line) <= CELL else line[: CELL - 1] + "…")
+
+
+def _stay(console: Console, fleet: Fleet) -> None:
+    console.print(
+        f"It stays up until Ctrl-C. For other terminals:\n  export NOGRAD_REDIS_URL='{fleet.url}'", soft_wrap=True
+    )
+    try:
+        while fleet.dead() is None:
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        console.print()

@@ -1,0 +1,104 @@
+"""``nograd worker | up | flower | status``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+import click
+from nograd.producer.fleet import FLOWER_PORT, Fleet, flower_command, require_flower, require_worker
+from nograd.producer.processes import stopping_on_sigterm
+from rich.table import Table
+
+from .common import FAILED, Run, command
+
+_GPUS = click.option("--gpus", default="all", show_default=True, help="all, none, or indices like 0,2.")
+_CONCURRENCY = click.option("--concurrency", type=click.IntRange(min=1), help="Messages in flight in each worker.")
+_PORT = click.option("--port", type=click.IntRange(1, 65535), default=FLOWER_PORT, show_default=True, help="Of Flower.")
+
+
+@command
+@_GPUS
+@_CONCURRENCY
+@click.argument("celery_args", nargs=-1, type=click.UNPROCESSED)
+def worker(run: Run, *, gpus: str, concurrency: int | None, celery_args: tuple[str, ...]) -> int:
+    """Run the workers of this machine: one process for each GPU, started again if it dies.
+
+    What stands behind -- goes to `celery worker`.
+    """
+    models = run.model_file()
+    run.export()
+    require_worker()
+    from nograd.workers import launcher  # on demand: the client is installed without it
+
+    return launcher.run(models=models, gpus=gpus, concurrency=concurrency, celery_args=celery_args)
+
+
+@command
+@_GPUS
+@_CONCURRENCY
+@_PORT
+@click.option("--flower/--no-flower", default=True, show_default=True, help="Run Flower as well.")
+@click.option("--data", type=click.Path(path_type=Path), help="Folder of the private Redis; default: a temporary one.")
+def up(run: Run, *, gpus: str, concurrency: int | None, port: int, flower: bool, data: Path | None) -> int:
+    """Run Redis, workers and Flower here, in the foreground, until Ctrl-C."""
+    fleet = Fleet(
+        run.model_file(),
+        redis_url=run.redis_url,
+        folder=data,
+        gpus=gpus,
+        concurrency=concurrency,
+        flower_port=port if flower else None,
+    )
+    with stopping_on_sigterm(), fleet:
+        with contextlib.suppress(KeyboardInterrupt):
+            fleet.wait_ready()
+            text = f"export NOGRAD_REDIS_URL='{fleet.url}'" + (f"\n# Flower: {fleet.flower_url}" if flower else "")
+            run.emit({"redis_url": fleet.url, "flower": fleet.flower_url}, text)
+            return _stay(run, fleet)
+        return 0
+
+
+@command
+@_PORT
+@click.argument("flower_args", nargs=-1, type=click.UNPROCESSED)
+def flower(run: Run, *, port: int, flower_args: tuple[str, ...]) -> int:
+    """Run Flower on loopback.
+
+    What stands behind -- goes to Flower.
+    """
+    require_flower()
+    run.export()
+    run.emit({"flower": f"http://127.0.0.1:{port}"}, f"Flower: http://127.0.0.1:{port}")
+    argv = flower_command(port, *flower_args)
+    os.execv(argv[0], argv)  # noqa: S606 - our own interpreter, no shell
+
+
+@command
+@click.option("--timeout", type=float, default=1.0, show_default=True, help="Seconds workers have to answer.")
+def status(run: Run, *, timeout: float) -> int:
+    """Show the workers that are up and how many messages wait for each model."""
+    with run.client() as client:
+        names = list(client.models())
+        waiting = client.broker.waiting(names)
+        workers = client.broker.workers(timeout)
+        address = client.broker.address
+    table = Table("model", "waiting", title=f"Redis at {address}, {len(workers)} workers up", title_justify="left")
+    for name, count in waiting.items():
+        table.add_row(name, str(count))
+    for name in workers:
+        table.add_section()
+        table.add_row(name, "up")
+    document = {"redis": address, "workers": workers, "models": {name: {"waiting": n} for name, n in waiting.items()}}
+    run.emit(document, table)
+    return 0
+
+
+def _stay(run: Run, fleet: Fleet) -> int:
+    """Stay until interrupted, or until a process ends by itself."""
+    while (dead := fleet.dead()) is None:
+        time.sleep(0.5)
+    run.complain(f"{dead.name} ended with {dead.exit_code}; stopping the others")
+    return FAILED

@@ -1,0 +1,20 @@
+"""All commands under one name."""
+
+from __future__ import annotations
+
+import click
+
+from .demo import demo
+from .fleet import flower, status, up, worker
+from .jobs import cancel, result, submit
+from .models import models
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="nograd")
+def cli() -> None:
+    """Asynchronous inference workers for PyTorch models, on Celery and Redis."""
+
+
+for command in (up, worker, models, submit, result, cancel, status, flower, demo):
+    cli.add_command(command)
