@@ -1,0 +1,242 @@
+"""Transformers' pipelines: their preprocessing on CPU threads, their forward in our batches, their postprocessing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from nograd.tasks.errors import InvalidInput
+from nograd.tasks.modelfile import TransformersSpec
+from PIL import Image
+from transformers.pipelines import check_task, pipeline
+from transformers.pipelines.base import ChunkPipeline, pad_collate_fn
+from transformers.pipelines.pt_utils import PipelineIterator
+
+from .base import HostedModel
+from .generation import TextGenerationModel
+from .images import decode_image
+from .inference import ready_for_inference
+from .labels import read_labels
+from .pretrained import check_vocabulary, length_class, open_component, open_network, position_limit
+from .tensors import to_json
+from .texts import check_text
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_CLASSIFICATION = ("text-classification", "image-classification")
+
+#: The tasks with one text or one image as input and a prediction that JSON can hold → the parameters a job may set.
+#: Not all that a pipeline takes: arguments of tokenizers go around our checks, and time limits are for downloads.
+_TASKS: dict[str, tuple[str, ...]] = {
+    "text-classification": ("top_k", "function_to_apply", "truncation", "max_length"),
+    "token-classification": ("aggregation_strategy", "ignore_labels", "stride"),
+    "feature-extraction": ("truncation",),
+    "fill-mask": ("top_k", "targets"),
+    "zero-shot-classification": ("candidate_labels", "hypothesis_template", "multi_label"),
+    "image-classification": ("top_k", "function_to_apply"),
+    "image-feature-extraction": ("pool",),
+    "object-detection": ("threshold",),
+    "zero-shot-image-classification": ("candidate_labels", "hypothesis_template"),
+    "zero-shot-object-detection": ("candidate_labels", "threshold", "top_k"),
+}
+
+
+def open_transformers(name: str, spec: TransformersSpec, file: Path) -> HostedModel:
+    """The hosted model of a transformers table: text generation is ours, every other task is a pipeline of theirs."""
+    return (TextGenerationModel if spec.task == "text-generation" else PipelineModel)(name, spec, file)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a pipeline's ``preprocess`` made of one input.
+
+    Attributes:
+        inputs: arguments of the network, in a batch of one; or the checked input itself for a chunking pipeline.
+        tokens: how many tokens it has, 0 if it has none.
+    """
+
+    inputs: Any
+    tokens: int = 0
+
+
+class PipelineModel(HostedModel):
+    """A pipeline, taken apart where it is made to be.
+
+    Called whole, a pipeline preprocesses on the thread of its forward, and what batches well is found out by failing.
+    Its three steps are public, so each runs where it belongs here, and only inputs that fit together share a batch.
+    Pipelines that cut an input into chunks (token-classification, zero-shot-classification, …) are called whole.
+
+    Classifications are ``{"label", "score", "top": [{"label", "score"}, …]}``; everything else is what the pipeline
+    returns for a single input, as plain values.
+    """
+
+    spec: TransformersSpec
+    _pipeline: Any
+    _task: str
+
+    def load(self, device: torch.device) -> None:
+        """Load network, tokenizer or image processor, and build the pipeline; see `HostedModel.load`."""
+        self._task, autos = self._check_task()
+        self._check_keys()
+        tokenizer = processor = None
+        if self.spec.kind == "text" or self._task.startswith("zero-shot"):
+            tokenizer = open_component(self, self.spec, transformers.AutoTokenizer)
+        if self.spec.kind == "image":
+            processor = open_component(self, self.spec, transformers.AutoImageProcessor)
+        network = open_network(self, self.spec, autos)
+        if tokenizer is not None:
+            check_vocabulary(self, self.spec, tokenizer, network)
+            self._make_sure_it_pads(tokenizer, network)
+        self._name_classes(network)
+        ready_for_inference(self, network, device)
+        self._pipeline = pipeline(
+            self._task, model=network, tokenizer=tokenizer, image_processor=processor, device=device
+        )
+        self._whole = isinstance(self._pipeline, ChunkPipeline)
+        self._collate = None if self._whole else pad_collate_fn(tokenizer, processor)
+        self._longest = position_limit(network)
+        # A fast tokenizer keeps padding and truncation inside, and raises if two threads set them at once.
+        self._tokenizing = threading.Lock()
+
+    def prepare(self, input: Any, params: Mapping[str, Any]) -> Prepared:  # noqa: A002
+        """Check one input, and run the pipeline's ``preprocess`` on it.
+
+        Raises:
+            InvalidInput: for another kind of input, unknown or bad parameters, and texts too long for the model.
+        """
+        value: Any = decode_image(input) if self.spec.kind == "image" else check_text(input)
+        preprocess_params, _, _ = self._split_params(params)
+        if self._whole:
+            return Prepared(value)
+        try:
+            if self.spec.kind == "image":
+                return Prepared(self._pipeline.preprocess(value, **preprocess_params))
+            with self._tokenizing:
+                inputs = self._pipeline.preprocess(value, **preprocess_params)
+        except (ValueError, TypeError) as err:
+            raise InvalidInput(str(err)) from err
+        tokens = inputs["input_ids"].shape[-1]
+        if self._longest is not None and tokens > self._longest:
+            raise InvalidInput(
+                f"the text has {tokens} tokens, the model takes {self._longest}; "
+                "shorten it, or let the parameter `truncation` cut it off"
+            )
+        return Prepared(inputs, tokens)
+
+    def bucket(self, prepared: Prepared) -> Hashable:
+        """A class of lengths for tokens, which are padded; the shape for all other tensors, which are not."""
+        if self._whole:
+            return prepared.inputs.size if isinstance(prepared.inputs, Image.Image) else None
+        return tuple(
+            (name, length_class(value.shape[1]) if prepared.tokens and value.ndim == 2 else tuple(value.shape))
+            for name, value in sorted(prepared.inputs.items())
+            if isinstance(value, torch.Tensor)
+        )
+
+    def forward(self, batch: Sequence[Prepared], params: Mapping[str, Any]) -> Sequence[Any]:
+        """Run the network on all inputs at once; the pipeline's own code splits what it returns."""
+        inputs = [item.inputs for item in batch]
+        if self._collate is None:
+            return list(self._pipeline(inputs, batch_size=len(batch), **self.settings(params)))
+        _, forward_params, _ = self._split_params(params)
+        joined = inputs[0] if len(batch) == 1 else self._collate(inputs)
+        outputs = list(PipelineIterator([joined], self._pipeline.forward, forward_params, loader_batch_size=len(batch)))
+        if self._task == "feature-extraction":
+            return [self._without_padding(output[0], item.tokens) for output, item in zip(outputs, batch, strict=True)]
+        return outputs
+
+    def finish(self, output: Any, params: Mapping[str, Any]) -> Any:
+        """Run the pipeline's ``postprocess``.
+
+        Raises:
+            ModelFailed: if the prediction holds what JSON cannot, an image for instance.
+        """
+        if self._whole or self._task == "feature-extraction":
+            return to_json(output)
+        _, _, postprocess_params = self._split_params(params)
+        prediction = self._pipeline.postprocess(output, **postprocess_params)
+        if self._task in _CLASSIFICATION:
+            return {**prediction[0], "top": prediction}
+        return to_json(prediction)
+
+    def examples(self) -> Sequence[Any]:
+        """The model file's example, else two words or a grey image."""
+        if self.spec.example is not None:
+            return super().examples()
+        if self.spec.kind == "image":
+            import numpy as np
+
+            return [np.full((64, 64, 3), 127, dtype=np.uint8)]
+        mask = getattr(self._pipeline.tokenizer, "mask_token", None)
+        return [f"warm up {mask}" if self._task == "fill-mask" else "warm up"]
+
+    def _check_task(self) -> tuple[str, Sequence[Any]]:
+        """The task under its own name, not an alias, and the auto classes that load its networks."""
+        try:
+            name, details, _ = check_task(self.spec.task)
+        except KeyError:
+            name = None
+        if name not in _TASKS:
+            raise self.error("task", self.spec.task, f"nograd serves text-generation, {', '.join(_TASKS)}")
+        return name, details["pt"]
+
+    def _check_keys(self) -> None:
+        for key in ("transform", "shape"):
+            if (value := getattr(self.spec, key)) is not None:
+                raise self.error(key, value, "a pipeline brings its own preprocessing")
+        if self.spec.kind not in ("text", "image"):
+            raise self.error("input", self.spec.kind, "loader 'transformers' takes text or image")
+        if self.spec.labels is not None and self._task not in _CLASSIFICATION:
+            raise self.error("labels", self.spec.labels, f"only for {' and '.join(_CLASSIFICATION)}")
+
+    def _make_sure_it_pads(self, tokenizer: Any, network: Any) -> None:
+        """Give a tokenizer without a padding token (GPT-2's) its end token, and tell the network."""
+        if tokenizer.pad_token_id is None:
+            if tokenizer.eos_token_id is None:
+                raise self.error("model", self.spec.model, "its tokenizer has no padding token, which batches need")
+            tokenizer.pad_token = tokenizer.eos_token
+        if network.config.pad_token_id is None:
+            network.config.pad_token_id = tokenizer.pad_token_id
+
+    def _name_classes(self, network: Any) -> None:
+        """Put the model file's labels in the place of the network's own."""
+        labels = read_labels(self)
+        if labels is None:
+            return
+        if len(labels) != network.config.num_labels:
+            raise self.error("labels", self.spec.labels, f"{len(labels)} for {network.config.num_labels} classes")
+        network.config.id2label = dict(enumerate(labels))
+        network.config.label2id = {label: index for index, label in enumerate(labels)}
+
+    def _split_params(self, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """The parameters of a prediction, by the step they are for.
+
+        Raises:
+            InvalidInput: for unknown ones, and for values that the pipeline refuses.
+        """
+        wanted = self.settings(params)
+        for name in wanted:
+            if name not in _TASKS[self._task]:
+                raise InvalidInput(f"unknown parameter {name!r}; {self._task} takes {', '.join(_TASKS[self._task])}")
+        if self._task in _CLASSIFICATION:
+            top = wanted.setdefault("top_k", self.spec.top)
+            if type(top) is not int or top < 1:
+                raise InvalidInput(f"parameter top_k = {top!r}: expected a whole number, at least 1")
+        pipe = self._pipeline
+        try:
+            steps = pipe._sanitize_parameters(**wanted)  # noqa: SLF001 - what custom pipelines override by this name
+        except (ValueError, TypeError, KeyError) as err:
+            raise InvalidInput(f"parameters {wanted!r}: {err}") from err
+        own = (pipe._preprocess_params, pipe._forward_params, pipe._postprocess_params)  # noqa: SLF001 - as above
+        preprocess, forward, postprocess = ({**ours, **theirs} for ours, theirs in zip(own, steps, strict=True))
+        return preprocess, forward, postprocess
+
+    def _without_padding(self, states: torch.Tensor, tokens: int) -> torch.Tensor:
+        """The hidden states of a text's own tokens, ``(1, tokens, size)``."""
+        left = self._pipeline.tokenizer.padding_side == "left"
+        return states[:, -tokens:] if left else states[:, :tokens]
