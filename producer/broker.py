@@ -190,6 +190,15 @@ class Broker:
         with self.errors():
             return sorted(self.app.control.inspect(timeout=timeout_s).ping() or {})
 
+    def answers(self) -> bool:
+        """Whether any worker consumes: one that has registered its models may still be a second from it.
+
+        Raises:
+            BrokerUnavailable: if Redis does not answer.
+        """
+        with self.errors():
+            return bool(self.app.control.ping(timeout=1.0, limit=1))
+
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
         """Turn what Celery, kombu and redis-py raise inside into `BrokerUnavailable`, naming the host."""

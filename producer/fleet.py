@@ -102,7 +102,7 @@ class Fleet:
         """
         names = set(load_model_file(self.models).specs)
         with Client(self.url, models=self.models) as client:
-            self._wait("worker", lambda: self._served(client) >= names, WORKER_READY_TIMEOUT_S)
+            self._wait("worker", lambda: self._serves(client, names), WORKER_READY_TIMEOUT_S)
         port = self.flower_port
         if port is not None:
             self._wait("flower", lambda: flower_answers(port), FLOWER_READY_TIMEOUT_S)
@@ -125,11 +125,12 @@ class Fleet:
         log = None if self._logs is None else self._logs / f"{name}.log"
         self._children.append(stack.enter_context(Child(name, argv, env=environment, log=log)))
 
-    def _served(self, client: Client) -> set[str]:
+    def _serves(self, client: Client, names: set[str]) -> bool:
         try:
-            return {name for name, card in client.models().items() if card.seen_at >= self._started_at}
+            ready = {name for name, card in client.models().items() if card.seen_at >= self._started_at}
+            return ready >= names and client.broker.answers()
         except BrokerUnavailable:
-            return set()
+            return False
 
     def _wait(self, name: str, ready: Callable[[], bool], timeout_s: float) -> None:
         child = next(child for child in self._children if child.name == name)

@@ -20,8 +20,8 @@ from rich.table import Table
 
 from .common import FAILED, OK, Run, command, show
 
-#: characters of an input or prediction in the table
-CELL = 44
+#: characters of an input or prediction in the table, at most
+CELL = 60
 
 
 @command
@@ -60,7 +60,7 @@ def demo(run: Run, *, examples: Path | None, port: int | None, keep: bool) -> in
 
 
 def _show_answers(run: Run, console: Console, client: Client, examples: Examples) -> int:
-    table = Table("model", "input", "prediction", "expected", "ms", "", title="Real inputs, through Redis and back")
+    table = _table()
     wrong = 0
     for model, inputs, expected in examples.questions():
         for answer in ask(client, model, inputs, expected):
@@ -98,17 +98,21 @@ def _classify_digits(run: Run, console: Console, client: Client, examples: Examp
     return OK if accuracy > 0.9 else FAILED  # the model's own accuracy is far above
 
 
+def _table() -> Table:
+    table = Table(title="Real inputs, through Redis and back", expand=True)
+    table.add_column("model", width=10)
+    for heading in ("input", "prediction", "expected"):
+        table.add_column(heading, ratio=1, no_wrap=True, overflow="ellipsis")
+    table.add_column("ms", width=5, justify="right")
+    table.add_column("", width=1)
+    return table
+
+
 def _row(answer: Answer) -> list[str]:
-    shown = _cell(show(answer.prediction)) if answer.error is None else answer.error["message"]
+    shown = show(_rounded(answer.prediction)) if answer.error is None else answer.error["message"]
+    cells = [_cell(text) for text in (_name(answer.input), shown, show(_rounded(answer.expected)))]
     mark = "[green]✓[/]" if answer.right else "[red]✗[/]"
-    return [
-        answer.model,
-        _cell(_name(answer.input)),
-        shown,
-        _cell(show(answer.expected)),
-        f"{answer.seconds * 1e3:.0f}",
-        mark,
-    ]
+    return [answer.model, *cells, f"{answer.seconds * 1e3:.0f}", mark]
 
 
 def _document(answer: Answer) -> dict[str, Any]:
@@ -125,6 +129,12 @@ def _document(answer: Answer) -> dict[str, Any]:
 
 def _name(value: Any) -> str:
     return value.name if isinstance(value, Path) else show(value)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, list):
+        return _rounded(value[0]) if len(value) == 1 else [_rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _cell(text: str) -> str:

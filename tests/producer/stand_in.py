@@ -51,7 +51,7 @@ app.conf.task_queues = [Queue(f"nograd.{name}", routing_key=f"nograd.{name}") fo
 
 
 @app.task(name="nograd.predict")
-def predict(model, input, params=None, many=False):
+def predict(model, input, params=None, many=False):  # noqa: A002 - the word of the contract
     run = MODELS[model][0]
     return [one(run, item, params) for item in input] if many else run(input, params)
 
