@@ -18,10 +18,11 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
-from seed_data import EXAMPLES, PHOTO_LABELS, WEIGHTS, example_inputs, write_json
-from seed_models import ImageClassifier, LinearRegressionModel, LSTMModel, RegressionModel
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision import transforms
+
+from seed_data import EXAMPLES, PHOTO_LABELS, WEIGHTS, example_inputs, write_json
+from seed_models import ImageClassifier, LinearRegressionModel, LSTMModel, RegressionModel
 
 # ── How do I use a PyTorch model for prediction? ─────────────────────────────────────────────────────────────────────
 
@@ -155,7 +156,7 @@ REFERENCES = {
 }
 
 
-def same_answer(prediction, reference, tolerance=1e-4):
+def same_answer(prediction, reference, tolerance=1e-5):
     """Whether a prediction of nograd is what the seed's code answered.
 
     Labels, texts and classes are equal; other numbers are close, for a forward of another batch size adds in another
@@ -163,7 +164,7 @@ def same_answer(prediction, reference, tolerance=1e-4):
     """
     if isinstance(reference, dict):  # of a classifier of images
         return prediction["label"] == reference["label"] and math.isclose(
-            prediction["score"], reference["score"], abs_tol=10 * tolerance
+            prediction["score"], reference["score"], abs_tol=tolerance
         )
     if isinstance(reference, str):
         return (prediction["text"] if isinstance(prediction, dict) else prediction) == reference

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 TraceArgs = tuple[Any, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)  # Celery keeps a weak reference to what a pool returns
 class Callbacks:
     """Celery's side of one message, as ``BasePool.apply_async`` receives it."""
 
@@ -41,6 +41,9 @@ class Callbacks:
         """Tell Celery that work on the message begins (``task-started``)."""
         if self.accepted is not None:
             self.accepted(os.getpid(), time.monotonic())
+
+    def terminate(self, signal: Any = None) -> None:
+        """Nothing: Celery has stored REVOKED; a thread that runs a task cannot be stopped."""
 
 
 def trace_outcome(celery: Callbacks, args: TraceArgs, outcome: Outcome, started: float) -> None:

@@ -1,0 +1,81 @@
+"""Models for the pool's tests: what they do is what a test needs to see."""
+
+import os
+import threading
+import time
+
+import torch
+from torch import nn
+
+
+class Spy:
+    """Answers with what a forward sees of the world around it."""
+
+    def load(self, device):
+        self.loaded_on = threading.get_ident()
+
+    def forward(self, batch):
+        seen = {
+            "batch": len(batch),
+            "grad": torch.is_grad_enabled(),
+            "loading_thread": threading.get_ident() == self.loaded_on,
+            "pid": os.getpid(),
+        }
+        return [seen] * len(batch)
+
+
+class Picky:
+    """Misbehaves on demand."""
+
+    def load(self, device):
+        pass
+
+    def prepare(self, value):
+        if value == "bad prepare":
+            raise ValueError("I do not like it")
+        if value == "exit in prepare":
+            raise SystemExit(3)
+        return value
+
+    def forward(self, batch):
+        time.sleep(0.05)
+        if "too few" in batch:
+            return batch[:-1]
+        for value in batch:
+            if value == "bad forward":
+                raise RuntimeError("cannot digest")
+            if value == "memory":
+                raise MemoryError("no more")
+            if value == "exit":
+                raise SystemExit(4)
+            if value == "interrupt":
+                raise KeyboardInterrupt
+        return [{"echo": value} for value in batch]
+
+    def finish(self, output):
+        if output["echo"] == "bad finish":
+            raise KeyError("gone")
+        return object() if output["echo"] == "no json" else output["echo"]
+
+
+class Slow:
+    """Takes as many seconds as it is told."""
+
+    def load(self, device):
+        pass
+
+    def forward(self, batch):
+        time.sleep(max(batch))
+        return batch
+
+
+class Dropout(nn.Module):
+    """Gives another answer each time unless it is in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.dropout(self.linear(x))
