@@ -181,14 +181,15 @@ class Broker:
             counts = iter(pipe.execute())
         return {model: sum(next(counts) for _ in PRIORITY_SUFFIXES) for model in models}
 
-    def workers(self, timeout_s: float = 1.0) -> list[str]:
-        """The names of the workers that answer within ``timeout_s`` seconds.
+    def workers(self, timeout_s: float = 1.0) -> dict[str, dict[str, Any]]:
+        """The workers that answer within ``timeout_s`` seconds, by name, with what their pools tell of themselves.
 
         Raises:
             BrokerUnavailable: if Redis does not answer.
         """
         with self.errors():
-            return sorted(self.app.control.inspect(timeout=timeout_s).ping() or {})
+            stats = self.app.control.inspect(timeout=timeout_s).stats() or {}
+        return {name: stats[name].get("pool") or {} for name in sorted(stats)}
 
     def answers(self) -> bool:
         """Whether any worker consumes: one that has registered its models may still be a second from it.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 import secrets
 import shutil
 import socket
@@ -71,10 +70,10 @@ class EmbeddedRedis:
         return f"redis://:{self._password}@{HOST}:{self.port}/0"
 
     @property
-    def pid(self) -> int:
-        """The process id of the server."""
+    def process(self) -> Child:
+        """The server, once started."""
         assert self._server is not None, "not started"
-        return self._server.pid
+        return self._server
 
     def start(self) -> Self:
         """Start the server and wait until it answers.
@@ -95,7 +94,7 @@ class EmbeddedRedis:
                 if self._answers(server):
                     self._server, self._stack = server, stack.pop_all()
                     return self
-        raise ConfigError(f"the private Redis does not start: {executable}\n{server.log_tail()}")
+            raise ConfigError(f"the private Redis does not start: {executable}\n{server.log_tail()}".rstrip())
 
     def stop(self) -> None:
         """Stop the server and remove its temporary folder."""
@@ -122,21 +121,6 @@ class EmbeddedRedis:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-
-@contextlib.contextmanager
-def open_redis(url: str | None = None, folder: Path | None = None) -> Iterator[str]:
-    """The URL of a Redis to use: ``url``, else ``NOGRAD_REDIS_URL``, else that of a private server started for it.
-
-    Raises:
-        ConfigError: if none is given and none can be started.
-    """
-    given = url or os.environ.get("NOGRAD_REDIS_URL")
-    if given:
-        yield given
-        return
-    with EmbeddedRedis(folder) as server:
-        yield server.url
 
 
 @contextlib.contextmanager

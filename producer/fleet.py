@@ -16,7 +16,7 @@ from nograd.tasks.errors import BrokerUnavailable, ConfigError
 from nograd.tasks.modelfile import load_model_file
 
 from .client import Client
-from .embedded import HOST, open_redis
+from .embedded import HOST, EmbeddedRedis
 from .processes import Child
 
 #: seconds workers have to load their models and say so
@@ -76,13 +76,14 @@ class Fleet:
 
         Raises:
             ConfigError: if something needed is not installed, or the model file is wrong.
+            BrokerUnavailable: if a Redis was given and does not answer.
         """
         require_worker()
         if self.flower_port is not None:
             require_flower()
         load_model_file(self.models)  # a wrong file is told here, in one line, not from a worker's log
         with contextlib.ExitStack() as stack:
-            self.url = stack.enter_context(open_redis(self._redis_url, self._folder))
+            self.url = self._open_redis(stack)
             self._started_at = time.time()
             self._spawn(stack, "worker", worker_command(self.models, self._worker_args), self._env)
             if self.flower_port is not None:
@@ -116,6 +117,16 @@ class Fleet:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def _open_redis(self, stack: contextlib.ExitStack) -> str:
+        given = self._redis_url or os.environ.get("NOGRAD_REDIS_URL")
+        if given is None:
+            server = stack.enter_context(EmbeddedRedis(self._folder))
+            self._children.append(server.process)
+            return server.url
+        with Client(given) as client:
+            client.models()  # whether it answers: a worker would wait for it for ever
+        return given
 
     def _spawn(
         self, stack: contextlib.ExitStack, name: str, argv: list[str], env: Mapping[str, str] | None = None

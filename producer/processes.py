@@ -50,7 +50,7 @@ class Child:
                 list(argv),
                 env=None if env is None else dict(env),
                 stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
-                stdout=out or sys.stderr,  # stdout is for results alone
+                stdout=out or 2,  # our stderr: stdout is for results alone
                 stderr=subprocess.STDOUT if out else None,
                 start_new_session=True,
                 preexec_fn=_end_with_parent(),  # noqa: PLW1509 - one system call, bound before the fork

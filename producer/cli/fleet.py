@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 from nograd.producer.fleet import FLOWER_PORT, Fleet, flower_command, require_flower, require_worker
 from nograd.producer.processes import stopping_on_sigterm
+from rich.console import Group
 from rich.table import Table
 
 from .common import FAILED, Run, command
@@ -85,14 +86,20 @@ def status(run: Run, *, timeout: float) -> int:
         waiting = client.broker.waiting(names)
         workers = client.broker.workers(timeout)
         address = client.broker.address
-    table = Table("model", "waiting", title=f"Redis at {address}, {len(workers)} workers up", title_justify="left")
+    document = {
+        "redis": address,
+        "workers": [{"name": name, "device": pool.get("device")} for name, pool in workers.items()],
+        "models": {name: {"waiting": count} for name, count in waiting.items()},
+    }
+    queues = Table("model", "messages waiting")
     for name, count in waiting.items():
-        table.add_row(name, str(count))
-    for name in workers:
-        table.add_section()
-        table.add_row(name, "up")
-    document = {"redis": address, "workers": workers, "models": {name: {"waiting": n} for name, n in waiting.items()}}
-    run.emit(document, table)
+        queues.add_row(name, f"{count:,}")
+    up = Table("worker", "device", "inputs in its pool", "models")
+    for name, pool in workers.items():
+        up.add_row(
+            name, *(str(pool.get(key, "?")) for key in ("device", "waiting_items")), ", ".join(pool.get("models", ()))
+        )
+    run.emit(document, Group(f"Redis at {address}, {len(workers)} worker{'s' * (len(workers) != 1)} up", queues, up))
     return 0
 
 

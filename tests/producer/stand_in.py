@@ -15,6 +15,8 @@ app = create_app(Settings.from_env())
 app.conf.worker_pool = None
 app.conf.worker_consumer = "celery.worker.consumer:Consumer"
 app.conf.worker_concurrency = 8
+app.finalize()
+app.tasks.unregister("nograd.predict")  # nograd's own, which runs in nograd's pool only
 
 
 def echo(value, params):

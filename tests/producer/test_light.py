@@ -20,12 +20,9 @@ with Client() as client:
 
 
 def python(code, url):
+    env = {**os.environ, "NOGRAD_REDIS_URL": url}
     return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "NOGRAD_REDIS_URL": url},
-        capture_output=True,
-        text=True,
-        timeout=60,
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=False
     )
 
 
