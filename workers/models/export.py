@@ -85,7 +85,7 @@ class ExportModel(TensorModel):
         largest = self.spec.batch.max_items
         # Of a dynamic dimension torch writes that it starts at 2; the program takes 1 all the same.
         if low > (1 if low == high else 2) or high < largest:
-            takes = f"exactly {low}" if low == high else f"{low} to {high}"
+            takes = f"exactly {low}" if low == high else f"{max(low, 1)} to {high if high < math.inf else 'any number'}"
             raise self.error(
                 "program",
                 self.spec.program,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -68,9 +67,7 @@ def _from_bytes(data: bytes) -> Image.Image:
     if not data:
         raise InvalidInput("not an image: 0 bytes")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own, softer limits; ours is below
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise InvalidInput(
             f"not an image: {len(data)} bytes starting with {data[:8]!r}; expected one of {', '.join(FORMATS)}"

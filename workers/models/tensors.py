@@ -18,6 +18,9 @@ from nograd.tasks.errors import InvalidInput, ModelFailed, OutputMismatch
 
 _NUMERIC = frozenset("biuf")  # NumPy's kinds: bool, int, unsigned, float
 
+#: Lists nested deeper than that are no tensor that a model takes.
+_DEEPEST = 16
+
 #: NumPy has no bfloat16: that goes by way of float32.
 _NUMPY = {torch.float16: np.float16, torch.float32: np.float32, torch.bfloat16: np.float32, torch.float64: np.float64}
 
@@ -101,30 +104,43 @@ def _numbers(value: Any) -> np.ndarray[Any, Any]:
     except (ValueError, TypeError, OverflowError, RecursionError):
         raise InvalidInput(_why_not_numbers(value, ()) or "the input is not an array of numbers") from None
     if array.dtype.kind not in _NUMERIC:
-        raise InvalidInput(_why_not_numbers(value, ()) or f"the input holds {array.dtype}, not numbers")
+        raise InvalidInput(_why_not_numbers(value, ()) or f"the input is an array of {array.dtype}, not of numbers")
     return array
 
 
 def _why_not_numbers(value: Any, index: tuple[int, ...]) -> str | None:
     """What makes a nested list no array: the first value that is no number, or the first list of another length."""
-    if isinstance(value, list | tuple):
-        for i, item in enumerate(value):
-            if len(index) < 8 and (why := _why_not_numbers(item, (*index, i))):
-                return why
-        shapes = [np.shape(item) for item in value]
-        for i, shape in enumerate(shapes):
-            if shape != shapes[0]:
-                what = f"{_place((*index, i))} has shape {_shape(shape)}, {_place((*index, 0))} has {_shape(shapes[0])}"
-                return f"the lists are of different lengths: {what}"
-        return None
+    if not isinstance(value, list | tuple):
+        return _why_no_number(value, index)
+    if len(index) == _DEEPEST:
+        return f"lists are nested more than {_DEEPEST} deep"
+    for i, item in enumerate(value):
+        if why := _why_not_numbers(item, (*index, i)):
+            return why
+    shapes = [_outline(item) for item in value]
+    for i, shape in enumerate(shapes):
+        if shape != shapes[0]:
+            what = f"{_place((*index, i))} has shape {_shape(shape)}, {_place((*index, 0))} has {_shape(shapes[0])}"
+            return f"the lists are of different lengths: {what}"
+    return None
+
+
+def _why_no_number(value: Any, index: tuple[int, ...]) -> str | None:
+    if isinstance(value, np.ndarray):
+        return None if value.dtype.kind in _NUMERIC else f"{_place(index)} holds {value.dtype}, not numbers"
     if isinstance(value, int) and not -(2**63) <= value < 2**64:
         return f"{_place(index)} is too large"
-    if isinstance(value, bool | int | float | np.generic | np.ndarray) and np.asarray(value).dtype.kind in _NUMERIC:
+    if isinstance(value, bool | int | float) or (isinstance(value, np.generic) and value.dtype.kind in _NUMERIC):
         return None
-    shown = (
-        repr(value) if value is None or (isinstance(value, str) and len(value) < 40) else f"a {type(value).__name__}"
-    )
-    return f"{_place(index)} is {shown}, not a number"
+    short = value is None or (isinstance(value, str) and len(value) < 40)
+    return f"{_place(index)} is {repr(value) if short else f'a {type(value).__name__}'}, not a number"
+
+
+def _outline(value: Any) -> tuple[int, ...]:
+    """The shape of a regular nest of lists, read off its first members."""
+    if isinstance(value, list | tuple):
+        return (len(value), *(_outline(value[0]) if value else ()))
+    return np.shape(value)
 
 
 def _first(mask: np.ndarray[Any, Any]) -> tuple[int, ...]:

@@ -200,7 +200,7 @@ class PipelineModel(HostedModel):
             if tokenizer.eos_token_id is None:
                 raise self.error("model", self.spec.model, "its tokenizer has no padding token, which batches need")
             tokenizer.pad_token = tokenizer.eos_token
-        if network.config.pad_token_id is None:
+        if getattr(network.config, "pad_token_id", 0) is None:
             network.config.pad_token_id = tokenizer.pad_token_id
 
     def _name_classes(self, network: Any) -> None:
