@@ -55,7 +55,8 @@ def stopping() -> bool:
     """
     state = sys.modules.get("celery.worker.state")
     for flag in ("should_stop", "should_terminate"):
-        if getattr(state, flag, None) not in (None, False):
+        value = getattr(state, flag, None)
+        if value is not None and value is not False:  # 0 is an exit status here, and means stop
             return True
     err = sys.exc_info()[1]
     while err is not None:
