@@ -29,7 +29,12 @@ def create_app(settings: Settings) -> Celery:
     It does not become the current app: a web server that imports nograd keeps its own.
     """
     app = Celery("nograd", set_as_current=False, broker=settings.redis_url, backend=settings.redis_url)
+    # The environment of a host program often names its own Celery's Redis: CELERY_BROKER_URL and CELERY_RESULT_BACKEND
+    # come before what an app was made with, but not before these three.
+    app.backend_cls = settings.redis_url
     app.conf.update(
+        broker_read_url=settings.redis_url,
+        broker_write_url=settings.redis_url,
         # The pool that batches. Celery reads this only in a worker that was started without -P.
         worker_pool="nograd.workers.pool:TaskPool",
         worker_consumer="nograd.tasks.consumer:Consumer",
