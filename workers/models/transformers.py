@@ -84,6 +84,7 @@ class PipelineModel(HostedModel):
         self._task, autos = self._check_task()
         self._check_keys()
         tokenizer = processor = None
+        self._pads = False
         if self.spec.kind == "text" or self._task.startswith("zero-shot"):
             tokenizer = open_component(self, self.spec, transformers.AutoTokenizer)
         if self.spec.kind == "image":
@@ -91,7 +92,7 @@ class PipelineModel(HostedModel):
         network = open_network(self, self.spec, autos)
         if tokenizer is not None:
             check_vocabulary(self, self.spec, tokenizer, network)
-            self._make_sure_it_pads(tokenizer, network)
+            self._pads = _make_paddable(tokenizer, network)
         self._name_classes(network)
         ready_for_inference(self, network, device)
         self._pipeline = pipeline(
@@ -129,11 +130,12 @@ class PipelineModel(HostedModel):
         return Prepared(inputs, tokens)
 
     def bucket(self, prepared: Prepared) -> Hashable:
-        """A class of lengths for tokens, which are padded; the shape for all other tensors, which are not."""
+        """A class of lengths for tokens, if they can be padded; the shape for all other tensors, which are not."""
         if self._whole:
             return prepared.inputs.size if isinstance(prepared.inputs, Image.Image) else None
+        padded = self._pads and prepared.tokens > 0
         return tuple(
-            (name, length_class(value.shape[1]) if prepared.tokens and value.ndim == 2 else tuple(value.shape))
+            (name, length_class(value.shape[1]) if padded and value.ndim == 2 else tuple(value.shape))
             for name, value in sorted(prepared.inputs.items())
             if isinstance(value, torch.Tensor)
         )
@@ -194,15 +196,6 @@ class PipelineModel(HostedModel):
         if self.spec.labels is not None and self._task not in _CLASSIFICATION:
             raise self.error("labels", self.spec.labels, f"only for {' and '.join(_CLASSIFICATION)}")
 
-    def _make_sure_it_pads(self, tokenizer: Any, network: Any) -> None:
-        """Give a tokenizer without a padding token (GPT-2's) its end token, and tell the network."""
-        if tokenizer.pad_token_id is None:
-            if tokenizer.eos_token_id is None:
-                raise self.error("model", self.spec.model, "its tokenizer has no padding token, which batches need")
-            tokenizer.pad_token = tokenizer.eos_token
-        if getattr(network.config, "pad_token_id", 0) is None:
-            network.config.pad_token_id = tokenizer.pad_token_id
-
     def _name_classes(self, network: Any) -> None:
         """Put the model file's labels in the place of the network's own."""
         labels = read_labels(self)
@@ -240,3 +233,18 @@ class PipelineModel(HostedModel):
         """The hidden states of a text's own tokens, ``(1, tokens, size)``."""
         left = self._pipeline.tokenizer.padding_side == "left"
         return states[:, -tokens:] if left else states[:, :tokens]
+
+
+def _make_paddable(tokenizer: Any, network: Any) -> bool:
+    """Let batches be formed with a tokenizer that has no padding token (GPT-2's); whether texts can really be padded.
+
+    Another token in its place (the end of text, usually) would be taken for padding where a text contains it. So texts
+    of one length go together, and nothing is padded: a token that none is stands in where transformers insists on one.
+    """
+    if tokenizer.pad_token_id is not None:
+        if getattr(network.config, "pad_token_id", 0) is None:
+            network.config.pad_token_id = tokenizer.pad_token_id
+        return True
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    network.config.pad_token_id = -1
+    return False

@@ -4,6 +4,8 @@ from nograd.tasks.errors import InvalidInput, ModelFileError
 from torch import nn
 from torch.export import Dim
 
+ANY = Dim("batch")
+
 
 class Net(nn.Module):
     def __init__(self):
@@ -34,7 +36,7 @@ class Pair(nn.Module):
 def exported(tmp_path):
     """Export a module to a file, and write its table."""
 
-    def write(module, *inputs, batch=Dim("batch"), extra="", train=False, **dims):
+    def write(module, *inputs, batch=ANY, extra="", train=False, **dims):
         shapes = None if batch is None else tuple({0: batch, **dims.get("more", {})} for _ in inputs)
         program = torch.export.export(module.train(train), inputs, dynamic_shapes=shapes)
         torch.export.save(program, tmp_path / "net.pt2")

@@ -11,9 +11,9 @@ CORPUS = [
     "The quick brown fox jumps over the lazy dog.",
     "Shall I compare thee to a summer's day? Thou art more lovely and more temperate.",
     "I met a traveller from an antique land, who said: two vast and trunkless legs of stone stand in the desert.",
-    "Grüße an die Füchse – und 😀.",
+    "Grüße an die Füchse und 😀.",
 ]
-PROMPTS = ["The quick", "Shall I compare thee to", "two", "Grü"]
+PROMPTS = ["The quick", "Shall I compare thee to", "two", "Grü", "a stone's antique dog"]
 END = "<|endoftext|>"
 
 
@@ -71,7 +71,6 @@ def test_one_prompt_is_continued_as_by_the_notebook_s_loop(hosted, predict, gpt2
     ids, text = greedy(gpt2, prompt, 12)
     assert answer["token_ids"] == ids
     assert answer["text"].startswith(prompt)
-    assert len(ids) == 12
     assert len(set(ids)) > 3, "the model says nothing of interest"
     if prompt != "Grü":  # whose last bytes may belong to a character that goes on
         assert answer["text"] == prompt + text
@@ -193,8 +192,8 @@ def test_prompts_are_tokenized_on_many_threads_at_once(hosted, gpt2):
         for _ in range(50):
             for prompt, ids in wanted.items():
                 try:
-                    assert model.prepare(prompt, {}).ids == ids
-                except BaseException as err:
+                    wrong.extend([] if model.prepare(prompt, {}).ids == ids else [prompt])
+                except RuntimeError as err:  # "Already borrowed"
                     wrong.append(err)
 
     threads = [threading.Thread(target=work) for _ in range(6)]

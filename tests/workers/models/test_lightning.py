@@ -270,9 +270,9 @@ def test_a_checkpoint_of_another_module_lists_what_does_not_fit(opened, lightnin
 
 def test_a_missing_checkpoint_and_a_class_that_is_no_lightning_module_are_named(opened, lightning):
     table = lightning("Plain")
-    with pytest.raises(ModelFileError, match="checkpoint = 'gone.ckpt': no such file"):
+    with pytest.raises(ModelFileError, match=r"checkpoint = 'gone.ckpt': no such file"):
         opened(table.replace("Plain.ckpt", "gone.ckpt")).load(torch.device("cpu"))
-    with pytest.raises(ModelFileError, match="class = 'torch.nn:Linear': not a LightningModule"):
+    with pytest.raises(ModelFileError, match=r"class = 'torch.nn:Linear': not a LightningModule"):
         opened(table.replace(f"{lightning.code}:Plain", "torch.nn:Linear")).load(torch.device("cpu"))
 
 

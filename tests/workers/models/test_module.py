@@ -297,7 +297,7 @@ def test_an_example_image_is_a_path_beside_the_model_file(hosted, module, pictur
     (tmp_path / "cat.png").write_bytes(picture())
     table = module("Pixels", 'input = "image"\ntransform = { resize = 16 }\nexample = ')
     assert hosted(table + '"cat.png"').examples() == [picture()]
-    with pytest.raises(ModelFileError, match="example = 'dog.png': no such file"):
+    with pytest.raises(ModelFileError, match=r"example = 'dog.png': no such file"):
         hosted(table + '"dog.png"')
 
 

@@ -100,7 +100,7 @@ def test_the_number_of_outputs_is_checked(hosted, table):
     model = hosted(table("Losing"))
     with pytest.raises(OutputMismatch, match=r"Losing.forward returned a list of 1: 1 outputs for 2 inputs"):
         model.forward(["a", "b"], {})
-    with pytest.raises(ModelFileError, match="the warm-up failed: .*0 outputs for 1 input"):
+    with pytest.raises(ModelFileError, match=r"the warm-up failed: .*0 outputs for 1 input"):
         hosted(table("Losing", 'example = "a"'))
 
 

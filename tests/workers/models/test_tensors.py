@@ -1,6 +1,7 @@
 import json
 import math
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -149,7 +150,10 @@ def test_stack_puts_items_into_one_batch():
 
 # ── outputs ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-Pair = namedtuple("Pair", "mean std")
+
+class Pair(NamedTuple):
+    mean: object
+    std: object
 
 
 @pytest.mark.parametrize(

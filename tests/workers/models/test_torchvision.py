@@ -112,7 +112,7 @@ def test_what_is_wrong_is_named_with_key_value_and_file(opened, tmp_path, monkey
 
 def test_enum_weights_bring_their_transforms_and_categories(hosted, predict, picture, monkeypatch, tmp_path, resnet):
     """As torchvision finds them: in its cache, where a download would have put them."""
-    module, path = resnet
+    _, path = resnet
     cache = tmp_path / "hub" / "checkpoints"
     cache.mkdir(parents=True)
     (cache / ResNet18_Weights.IMAGENET1K_V1.url.rpartition("/")[2]).symlink_to(path)

@@ -98,15 +98,26 @@ def close(ours, wanted):
     return ours == wanted
 
 
-@pytest.mark.parametrize("folder", ["classifier", "gpt2"])
-def test_a_text_is_classified_as_by_the_pipeline_alone_and_in_a_batch(hosted, predict, table, theirs, folder):
-    model = hosted(table("text-classification", folder))
-    pipe = theirs("text-classification", folder)
+def test_a_text_is_classified_as_by_the_pipeline_alone_and_in_a_batch(hosted, predict, table, theirs):
+    model = hosted(table("text-classification", "classifier"))
+    pipe = theirs("text-classification", "classifier")
     wanted = [pipe(text, top_k=None) for text in TEXTS]
     wanted = [{**scores[0], "top": scores} for scores in wanted]
     assert close(predict(model, TEXTS), wanted)
     assert close([predict(model, [text])[0] for text in TEXTS], wanted)
     assert len({answer["score"] for answer in wanted}) == 3
+
+
+def test_without_a_padding_token_only_texts_of_one_length_share_a_batch(hosted, predict, table, theirs):
+    """Each ends with the end of text, which a classifier would take for padding if it were made to pad with that."""
+    model = hosted(table("text-classification", "gpt2"))
+    pipe = theirs("text-classification", "gpt2")
+    texts = ["the quick fox", "the lazy dog", "a brown dog"]
+    wanted = [pipe(text, top_k=None) for text in texts]
+    wanted = [{**scores[0], "top": scores} for scores in wanted]
+    assert close(predict(model, texts), wanted)
+    assert close([predict(model, [text])[0] for text in texts], wanted)
+    assert model.bucket(model.prepare("a fox", {})) != model.bucket(model.prepare(texts[0], {}))
 
 
 def test_aliases_name_the_same_task_and_top_is_as_long_as_asked_for(hosted, predict, table):
@@ -121,7 +132,7 @@ def test_labels_of_the_model_file_take_the_place_of_the_model_s(hosted, opened, 
     assert "xyz"[list(SENTIMENTS.values()).index(plain["label"])] == named["label"]
     with pytest.raises(ModelFileError, match=r"labels = \['x'\]: 1 for 3 classes"):
         opened(table("text-classification", "classifier", 'labels = ["x"]')).load(torch.device("cpu"))
-    with pytest.raises(ModelFileError, match="labels = .*only for text-classification and image-classification"):
+    with pytest.raises(ModelFileError, match=r"labels = .*only for text-classification and image-classification"):
         opened(table("feature-extraction", "encoder", 'labels = ["x"]')).load(torch.device("cpu"))
 
 

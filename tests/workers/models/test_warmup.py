@@ -1,7 +1,7 @@
 import pytest
 import torch
 from nograd.tasks.errors import InvalidInput, ModelFileError
-from nograd.tasks.modelfile import PythonSpec
+from nograd.tasks.modelfile import BatchLimits, PythonSpec
 from nograd.workers.models import HostedModel
 from nograd.workers.models.warmup import warm_up
 
@@ -9,15 +9,15 @@ from nograd.workers.models.warmup import warm_up
 class Recorder(HostedModel):
     """A hosted model that writes down what is asked of it."""
 
-    def __init__(self, file, max_items=64, fail=None):
-        super().__init__("it", PythonSpec(class_="x:Y", batch={"max_items": max_items}), file)
+    def __init__(self, file, max_items, fail):
+        super().__init__("it", PythonSpec(class_="x:Y", batch=BatchLimits(max_items=max_items)), file)
         self.batches = []
         self.fail = fail
 
     def load(self, device):
         raise NotImplementedError
 
-    def prepare(self, input, params):
+    def prepare(self, input, params):  # noqa: A002 - as in the base
         return input
 
     def forward(self, batch, params):
@@ -33,17 +33,7 @@ class Recorder(HostedModel):
 
 @pytest.fixture
 def recorder(tmp_path):
-    def make(max_items=64, fail=None):
-        from nograd.tasks.modelfile import BatchLimits
-
-        model = Recorder.__new__(Recorder)
-        HostedModel.__init__(
-            model, "it", PythonSpec(class_="x:Y", batch=BatchLimits(max_items=max_items)), tmp_path / "models.toml"
-        )
-        model.batches, model.fail = [], fail
-        return model
-
-    return make
+    return lambda max_items=64, fail=None: Recorder(tmp_path / "models.toml", max_items, fail)
 
 
 @pytest.mark.parametrize(("max_items", "sizes"), [(64, [1, 3]), (2, [1, 2]), (1, [1])])

@@ -13,9 +13,8 @@ def load(opened, user_code):
     name = user_code(CODE)
 
     def run(file):
-        model = opened(
-            f'loader = "module"\nclass = "{name}:Net"\nweights = "{file}"\ninit = {{ in_features = 3, out_features = 1 }}'
-        )
+        init = "init = { in_features = 3, out_features = 1 }"
+        model = opened(f'loader = "module"\nclass = "{name}:Net"\nweights = "{file}"\n{init}')
         model.load(torch.device("cpu"))
         return model.module
 
