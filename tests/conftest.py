@@ -1,6 +1,7 @@
 """What all tests share: a real Redis, and real worker processes on it."""
 
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -58,12 +59,14 @@ class WorkerProcess:
             raise
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def redis_url():
+    """A server for each module: what one leaves behind is not there for the next."""
     from nograd.producer.embedded import EmbeddedRedis
 
     with EmbeddedRedis() as server:
         yield server.url
+        gc.collect()  # Celery's results unsubscribe when they are collected, and wait long for a server that is gone
 
 
 @pytest.fixture(scope="module")
