@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import redis
 from celery import states
-from kombu.exceptions import KombuError
+from kombu.exceptions import BatchPublishError, OperationalError
 from nograd.tasks import registry
 from nograd.tasks.errors import BrokerUnavailable, JobError
 from nograd.tasks.keys import PREDICT_TASK, queue_name
@@ -96,7 +96,7 @@ class Broker:
 
     def __init__(self, app: Celery) -> None:
         self.app = app
-        self.address = address_of(app.conf.broker_url)
+        self.address = address_of(app.conf.broker_write_url)
 
     def publish(self, message: Message) -> None:
         """Send one message.
@@ -205,9 +205,10 @@ class Broker:
         """Turn what Celery, kombu and redis-py raise inside into `BrokerUnavailable`, naming the host."""
         try:
             yield
-        except (KombuError, redis.RedisError, OSError) as err:
+        except (OperationalError, BatchPublishError, redis.RedisError, OSError) as err:
             cause = err.__cause__ if isinstance(err.__cause__, redis.RedisError) else err
-            raise BrokerUnavailable(f"Redis at {self.address}: {cause or type(cause).__name__}") from err
+            uncertain = " (some of these jobs may have been accepted)" if isinstance(err, BatchPublishError) else ""
+            raise BrokerUnavailable(f"Redis at {self.address}: {cause or type(cause).__name__}{uncertain}") from err
 
     def _send(self, producer: Any, message: Message, **options: Any) -> None:
         amqp, queue = self.app.amqp, queue_name(message.model)

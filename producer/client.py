@@ -83,10 +83,11 @@ class Client:
 
         Raises:
             UnknownModel: if no such model is known.
-            InvalidInput: if the input cannot be sent.
+            InvalidInput: if the input or the parameters cannot be sent.
             BrokerUnavailable: if Redis does not take it.
         """
         wire = encode_input(input, self.card(model).input)
+        params = _encode_params(params)
         message = Message.of(model, input, wire, params=params, expires_s=expires_s, task_id=task_id)
         self.broker.publish(message)
         return self.job(message.id, model)
@@ -108,11 +109,11 @@ class Client:
         Raises:
             UnknownModel: if no such model is known.
             InvalidInput: for the first input that cannot be sent, by its index.
-            BrokerUnavailable: if Redis fails; what was sent before is not known.
+            BrokerUnavailable: if Redis fails; some of the jobs may have been accepted.
         """
         _check_many(inputs)
         kind = self.card(model).input
-        options: dict[str, Any] = {"params": params, "expires_s": expires_s}
+        options: dict[str, Any] = {"params": _encode_params(params), "expires_s": expires_s}
         sized = hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__")
         numbered = enumerate(inputs)
         jobs: list[Job] = []
@@ -161,6 +162,7 @@ class Client:
         card = self.card(model)
         items = batch or min(card.max_items, PACK_ITEMS)
         limit = max_in_flight or PACKS_IN_FLIGHT * items
+        params = _encode_params(params)
         packs = pack(inputs, card.input, min(items, limit))
         window = Window(packs, lambda full: self._send(full.message(model, params)), limit)
         return self._map(window, timeout, return_exceptions=return_exceptions)
@@ -267,6 +269,14 @@ def _encode(index: int, value: Any, kind: InputKind | None) -> Any:
         return encode_input(value, kind)
     except InvalidInput as err:
         raise _at(index, err) from err
+
+
+def _encode_params(params: dict[str, Any] | None) -> dict[str, Any] | None:
+    try:
+        encoded: dict[str, Any] | None = encode_input(params, "json")
+    except InvalidInput as err:
+        raise InvalidInput(f"params: {err.message}") from err
+    return encoded
 
 
 def _at(index: int, error: NogradError) -> NogradError:

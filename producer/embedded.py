@@ -7,7 +7,6 @@ writes rather than evict (an evicted message is a lost job); it ends with the pr
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import secrets
 import shutil
 import socket
@@ -125,6 +124,8 @@ class EmbeddedRedis:
 
 @contextlib.contextmanager
 def _only_user_of(folder: Path) -> Iterator[None]:
+    import fcntl  # not on every system; only a folder that is kept needs it
+
     # Two servers that append to one file leave a file no server can read.
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:

@@ -19,8 +19,6 @@ from .client import Client
 from .embedded import HOST, EmbeddedRedis
 from .processes import Child
 
-#: seconds workers have to load their models and say so
-WORKER_READY_TIMEOUT_S = 300.0
 #: seconds Flower has to answer on its address
 FLOWER_READY_TIMEOUT_S = 60.0
 #: tasks Flower remembers, about 4.4 KB each; its own default of 100,000 would take half a gigabyte
@@ -95,15 +93,18 @@ class Fleet:
         """Stop everything that was started; jobs on a device end first."""
         self._stack.close()
 
-    def wait_ready(self) -> None:
+    def wait_ready(self, timeout_s: float | None = None) -> None:
         """Wait until every model is loaded and Flower answers.
+
+        Args:
+            timeout_s: seconds the models may take; None for ever (weights may have to be downloaded).
 
         Raises:
             ConfigError: if a process ends or takes too long; with the end of its log.
         """
         names = set(load_model_file(self.models).specs)
         with Client(self.url, models=self.models) as client:
-            self._wait("worker", lambda: self._serves(client, names), WORKER_READY_TIMEOUT_S)
+            self._wait("worker", lambda: self._serves(client, names), timeout_s)
         port = self.flower_port
         if port is not None:
             self._wait("flower", lambda: flower_answers(port), FLOWER_READY_TIMEOUT_S)
@@ -120,7 +121,7 @@ class Fleet:
 
     def _open_redis(self, stack: contextlib.ExitStack) -> str:
         given = self._redis_url or os.environ.get("NOGRAD_REDIS_URL")
-        if given is None:
+        if not given:
             server = stack.enter_context(EmbeddedRedis(self._folder))
             self._children.append(server.process)
             return server.url
@@ -143,9 +144,9 @@ class Fleet:
         except BrokerUnavailable:
             return False
 
-    def _wait(self, name: str, ready: Callable[[], bool], timeout_s: float) -> None:
+    def _wait(self, name: str, ready: Callable[[], bool], timeout_s: float | None) -> None:
         child = next(child for child in self._children if child.name == name)
-        deadline = time.monotonic() + timeout_s
+        deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         while not ready():
             if not child.running:
                 raise ConfigError(f"{name} ended with {child.exit_code}\n{child.log_tail()}".rstrip())

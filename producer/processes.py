@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 #: prctl(2): the signal a process gets when its parent dies
 _PR_SET_PDEATHSIG = 1
 #: seconds a child has to end by itself after SIGTERM
-STOP_TIMEOUT_S = 15.0
+STOP_TIMEOUT_S = 30.0
 
 
 class Child:

@@ -20,6 +20,8 @@ from rich.table import Table
 
 from .common import FAILED, OK, Run, command, show
 
+#: seconds the six models may take to load
+READY_TIMEOUT_S = 300.0
 #: characters of an input or prediction in the table, at most
 CELL = 60
 
@@ -47,12 +49,14 @@ def demo(run: Run, *, examples: Path | None, port: int | None, keep: bool) -> in
         with fleet:
             with console.status("Starting Redis, a worker with six models, and Flower …"):
                 started = time.perf_counter()
-                fleet.wait_ready()
+                fleet.wait_ready(READY_TIMEOUT_S)
             console.print(f"Redis, worker and Flower are up after {time.perf_counter() - started:.1f} s.")
             with Client(fleet.url, models=fleet.models) as client:
                 code = _show_answers(run, console, client, found)
                 code = _classify_digits(run, console, client, found, Path(folder)) or code
-            console.print(f"Flower has seen it all: {fleet.flower_url}")
+            console.print(
+                f"Flower: {fleet.flower_url}" + ("" if keep else " (while the demo runs; --keep leaves it up)")
+            )
             if keep:
                 _stay(console, fleet)
     console.print("Everything that was started is stopped.")

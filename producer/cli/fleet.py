@@ -32,9 +32,9 @@ def worker(run: Run, *, gpus: str, concurrency: int | None, celery_args: tuple[s
     models = run.model_file()
     run.export()
     require_worker()
-    from nograd.workers import launcher  # on demand: the client is installed without it
+    from nograd.workers.launcher import run as launch  # on demand: the client is installed without it
 
-    return launcher.run(models=models, gpus=gpus, concurrency=concurrency, celery_args=celery_args)
+    return launch(models=models, gpus=gpus, concurrency=concurrency, celery_args=celery_args)
 
 
 @command

@@ -160,6 +160,25 @@ def test_the_estimated_size_of_an_input_is_about_right(wire):
     assert 0.3 < len(json.dumps(wire)) / wire_size(wire) < 3
 
 
+def test_the_redis_of_the_host_program_s_own_celery_is_not_ours(redis_url, redis, monkeypatch, register):
+    monkeypatch.setenv("CELERY_BROKER_URL", "redis://127.0.0.1:1/0")
+    monkeypatch.setenv("CELERY_RESULT_BACKEND", "redis://127.0.0.1:1/0")
+    with Client(redis_url) as client:
+        register(client, echo="json")
+        job = client.submit("echo", 1)
+        client.submit_many("echo", [2, 3])
+        assert redis.llen("nograd.echo") == 3
+        assert job.state == "PENDING"
+        job.cancel()
+
+
+def test_parameters_that_cannot_be_sent_are_refused_before_anything_is_sent(client, redis):
+    for call in (client.submit, client.submit_many, client.map):
+        with pytest.raises(InvalidInput, match=r"params: input\.k: a builtins\.object"):
+            call("echo", [1], params={"k": object()})
+    assert redis.llen("nograd.echo") == 0
+
+
 # -- Redis away -------------------------------------------------------------------------------------------------------
 
 

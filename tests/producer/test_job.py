@@ -247,11 +247,9 @@ def test_a_cancelled_job_is_not_run(served):
     assert [other.result(10) for other in busy] == [1] * 8
 
 
-def test_a_job_that_waited_too_long_is_cancelled_by_its_expiry(served):
-    busy = [served.submit("slow", 0.7) for _ in range(8)]
+def test_a_job_that_has_expired_is_not_run(served):
     with pytest.raises(JobCancelled):
-        served.submit("echo", 1, expires_s=0.1).result(10)
-    assert [job.result(10) for job in busy] == [0.7] * 8
+        served.submit("echo", 1, expires_s=0).result(10)
 
 
 def test_a_retryable_outcome_is_not_the_end(client):
