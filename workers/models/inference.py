@@ -1,8 +1,7 @@
-"""What every module goes through once it is loaded: evaluation mode, dtype, device, memory format, compilation."""
+"""What every module goes through once it is loaded: dtype, evaluation mode, device, memory format, compilation."""
 
 from __future__ import annotations
 
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def ready_for_inference(model: HostedModel, module: nn.Module, device: torch.device) -> None:
-    """Put a loaded module into evaluation mode and where and how the model file wants it.
+    """Put a loaded module into evaluation mode, and where and how the model file wants it.
 
     Raises:
         ModelFileError: if a part of it stays in training mode.
@@ -22,7 +21,6 @@ def ready_for_inference(model: HostedModel, module: nn.Module, device: torch.dev
     module.eval()
     module.requires_grad_(requires_grad=False)
     assert_eval(model, module)
-    _cast(module, dtype_of(model))
     module.to(device)
     if model.spec.channels_last:
         module.to(memory_format=torch.channels_last)
@@ -49,8 +47,12 @@ def dtype_of(model: HostedModel) -> torch.dtype:
     return dtype
 
 
-def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+def cast(module: nn.Module, dtype: torch.dtype) -> None:
     """Cast what is floating. `nn.Module.to` would also cast what is complex, and lose the imaginary half of it."""
-    for tensor in chain(module.parameters(), module.buffers()):
+    tensors = [*module.parameters(), *module.buffers()]
+    if not any(tensor.is_complex() for tensor in tensors):
+        module.to(dtype)
+        return
+    for tensor in tensors:
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)

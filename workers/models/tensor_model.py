@@ -13,7 +13,7 @@ from torch import nn
 
 from .base import HostedModel
 from .images import Transform, colour_mode, configured_transform, decode_image
-from .inference import dtype_of, ready_for_inference
+from .inference import cast, dtype_of, ready_for_inference
 from .labels import classify, read_labels
 from .tensors import TensorReader, split, stack, to_json
 
@@ -56,7 +56,8 @@ class TensorModel(HostedModel):
         self._read = self._reader()
 
     def place(self, device: torch.device) -> None:
-        """Evaluation mode, dtype, device, memory format, compilation."""
+        """Dtype, evaluation mode, device, memory format, compilation."""
+        cast(self.module, dtype_of(self))
         ready_for_inference(self, self.module, device)
 
     def own_transform(self) -> Transform | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ class PipelineModel(HostedModel):
 
     spec: TransformersSpec
     _pipeline: Any
+    _counter: Any  # a tokenizer that only counts
     _task: str
 
     def load(self, device: torch.device) -> None:
@@ -101,6 +103,10 @@ class PipelineModel(HostedModel):
         self._whole = isinstance(self._pipeline, ChunkPipeline)
         self._collate = None if self._whole else pad_collate_fn(tokenizer, processor)
         self._longest = position_limit(network)
+        if tokenizer is not None and self._longest is not None:
+            tokenizer.model_max_length = min(tokenizer.model_max_length, self._longest)  # where `truncation` cuts
+        # A chunking pipeline tokenizes on the device thread; what counts tokens meanwhile must not be the same object.
+        self._counter = copy.deepcopy(tokenizer) if self._whole else None
         # A fast tokenizer keeps padding and truncation inside, and raises if two threads set them at once.
         self._tokenizing = threading.Lock()
 
@@ -110,24 +116,24 @@ class PipelineModel(HostedModel):
         Raises:
             InvalidInput: for another kind of input, unknown or bad parameters, and texts too long for the model.
         """
-        value: Any = decode_image(input) if self.spec.kind == "image" else check_text(input)
-        preprocess_params, _, _ = self._split_params(params)
-        if self._whole:
-            return Prepared(value)
+        steps = self._split_params(params)
+        if self.spec.kind == "image":
+            image = decode_image(input)
+            return Prepared(image if self._whole else self._preprocess(image, steps[0]))
+        text = check_text(input)
+        with self._tokenizing:
+            inputs = self._counter(text, verbose=False) if self._whole else self._preprocess(text, steps[0])
+        tokens = len(inputs["input_ids"]) if self._whole else inputs["input_ids"].shape[-1]
+        if self._longest is not None and tokens > self._longest and "stride" not in self.settings(params):
+            cut = "; shorten it" if self._whole else "; shorten it, or let the parameter `truncation` cut it off"
+            raise InvalidInput(f"the text has {tokens} tokens, the model takes {self._longest}{cut}")
+        return Prepared(text if self._whole else inputs, tokens)
+
+    def _preprocess(self, value: Any, params: Mapping[str, Any]) -> Any:
         try:
-            if self.spec.kind == "image":
-                return Prepared(self._pipeline.preprocess(value, **preprocess_params))
-            with self._tokenizing:
-                inputs = self._pipeline.preprocess(value, **preprocess_params)
+            return self._pipeline.preprocess(value, **params)
         except (ValueError, TypeError) as err:
             raise InvalidInput(str(err)) from err
-        tokens = inputs["input_ids"].shape[-1]
-        if self._longest is not None and tokens > self._longest:
-            raise InvalidInput(
-                f"the text has {tokens} tokens, the model takes {self._longest}; "
-                "shorten it, or let the parameter `truncation` cut it off"
-            )
-        return Prepared(inputs, tokens)
 
     def bucket(self, prepared: Prepared) -> Hashable:
         """A class of lengths for tokens, if they can be padded; the shape for all other tensors, which are not."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 
 #: put before every name by `DataParallel` and by `torch.compile`
-_WRAPPERS = ("module.", "_orig_mod.")
+_WRAPPERS = ("module.", "_orig_mod.", "module.")
 
 
 def load_weights(model: HostedModel, module: torch.nn.Module, key: str, value: str) -> None:

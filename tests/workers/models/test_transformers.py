@@ -199,8 +199,22 @@ def test_what_is_no_text_the_model_can_take_is_the_caller_s_fault(hosted, table,
 
 
 def test_a_long_text_is_cut_off_when_that_is_asked_for(hosted, predict, table):
-    model = hosted(table("text-classification", "classifier", "params = { truncation = true, max_length = 40 }"))
+    model = hosted(table("text-classification", "classifier", "params = { truncation = true }"))
     assert predict(model, ["fox " * 60])[0]["label"] in SENTIMENTS.values()
+
+
+def test_no_task_cuts_a_long_text_silently(hosted, predict, table, theirs):
+    text = "fox " * 60
+    zero_shot = hosted(table("zero-shot-classification", "nli", 'params = { candidate_labels = ["a"] }'))
+    tagger = hosted(table("token-classification", "tagger", 'params = { aggregation_strategy = "simple" }'))
+    for model in (zero_shot, tagger):
+        with pytest.raises(InvalidInput, match=r"the text has 62 tokens, the model takes 40; shorten it$"):
+            model.prepare(text, {})
+    strides = {"stride": 4, "aggregation_strategy": "first"}
+    pipe = theirs("token-classification", "tagger")
+    pipe.tokenizer.model_max_length = 40  # nobody saved it, and the pipeline does not look at the network
+    wanted = json.loads(json.dumps(pipe(text, **strides), default=float))
+    assert close(predict(tagger, [text] * 2, strides), [wanted] * 2)
 
 
 @pytest.mark.parametrize("value", ["https://example.com/cat.jpg", b"junk", ["x"]])
