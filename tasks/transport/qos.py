@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from kombu.log import get_logger
 from kombu.transport import redis
+from redis.exceptions import ResponseError
 
 from .lease import Lease
+
+logger = get_logger(__name__)
 
 #: seconds; a shorter visibility timeout would make this process take back jobs of other Celery apps while they run
 LEAST_VISIBILITY_S = 3600
@@ -87,6 +91,13 @@ class QoS(redis.QoS):  # type: ignore[misc]
     def restore_unacked_once(self, stderr: Any = None) -> None:
         """Nothing: a closing channel is no reason to run again what is being run (see `Channel.close`)."""
 
+
+    def restore_visible(self, start: int = 0, num: int | None = 10, interval: int = 10) -> None:
+        """kombu's sweep of what stock workers left behind an hour ago; a Redis that refuses it ends no consumer."""
+        try:
+            super().restore_visible(start=start, num=num, interval=interval)
+        except ResponseError as err:
+            logger.debug("kombu's sweep was refused: %s", err)
 
     @property
     def visibility_timeout(self) -> float:

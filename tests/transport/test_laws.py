@@ -347,9 +347,9 @@ def test_producer_batch_rings(server, connect):
     connection = connect(server)
     consumer = Consumer(connect(server))
     consumer.drain(timeout=0.3)
-    with connection.Producer() as producer, producer.batch() as batch:
+    with connection.Producer() as producer, producer.batch():
         for number in range(5):
-            batch.publish({"n": number}, routing_key="q", exchange="")
+            producer.publish({"n": number}, routing_key="q", exchange="")
     consumer.drain(5)
     assert sorted(consumer.bodies) == list(range(5))
 
@@ -369,8 +369,8 @@ def test_a_full_redis_still_hands_out_and_takes_acknowledgements(each_server, co
 
 
 def test_a_queue_of_another_type_does_not_stop_the_others(server, connect):
-    server.client.set("a", "not a list")
     consumer = Consumer(connect(server), "a", "q")
+    server.client.set("a", "not a list")
     publish(connect(server))
     assert len(consumer.drain(1)) == 1
 

@@ -1,0 +1,297 @@
+"""What kombu and Celery promise on Redis holds here too."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+
+import kombu
+import pytest
+
+from nograd.tasks import transport
+from nograd.tasks.transport.checks import check_kombu
+
+from .support import NOTHING_LEFT, OURS, SERVERS, free_port, left, producer, ran, started, wait_for
+from .test_laws import Consumer, publish
+
+
+@pytest.mark.parametrize("pool", ["threads", "prefork", "solo"])
+def test_every_pool_runs_tasks_and_answers_remote_control(server, make_worker, pool):
+    worker = make_worker(server, pool=pool, concurrency=2, options={"global_keyprefix": "x:"}).ready()
+    app = producer(server, global_keyprefix="x:")
+    assert app.send_task("jobs.long", (3, 0)).get(timeout=30) == 3
+    assert app.control.inspect(timeout=5).ping() == {worker.name: {"ok": "pong"}}
+    assert worker.name in app.control.inspect(timeout=5).stats()
+    assert worker.stop() == 0
+
+
+def test_stock_producers_and_workers_share_the_queue(server, make_worker):
+    ours = make_worker(server, concurrency=2).ready()
+    stock = make_worker(server, transport=None, concurrency=2).ready()
+    for name in (None, OURS):
+        app = producer(server, name)
+        for job in range(40):
+            app.send_task("jobs.long", (job if name else 100 + job, 0.05), ignore_result=True)
+    wait_for(lambda: len(ran(server)) == 80)
+    pids = Counter(pid for _, pid, _ in started(server))
+    assert set(pids) == {ours.process.pid, stock.process.pid}
+    assert ours.stop() == 0
+    assert stock.stop() == 0
+    wait_for(lambda: left(server) == NOTHING_LEFT)
+
+
+def test_an_eta_longer_than_the_lease_runs_once(server, make_worker):
+    workers = [make_worker(server, options={"lease_seconds": 2}).ready() for _ in range(2)]
+    producer(server).send_task("jobs.long", (1, 0), countdown=6)
+    wait_for(lambda: ran(server) == [1])
+    time.sleep(1)
+    assert len(started(server)) == 1
+    assert all(worker.alive for worker in workers)
+
+
+def test_worker_disable_prefetch_takes_no_more_than_it_runs(server, make_worker):
+    conf = {"worker_disable_prefetch": True, "worker_prefetch_multiplier": 8}
+    make_worker(server, concurrency=2, conf=conf).ready()
+    app = producer(server)
+    for job in range(6):
+        app.send_task("jobs.long", (job, 1.0), ignore_result=True)
+    wait_for(lambda: started(server))
+    time.sleep(0.5)
+    assert server.client.llen("jobs") >= 4
+    wait_for(lambda: len(ran(server)) == 6)
+
+
+def test_a_second_worker_gets_bulk_work_at_once_under_a_budget(server, make_worker):
+    options, conf = {"budgets": {"9": 2}}, {"worker_prefetch_multiplier": 8}
+    first = make_worker(server, concurrency=1, options=options, conf=conf).ready()
+    app = producer(server)
+    for job in range(8):
+        app.send_task("jobs.long", (job, 1.0), priority=9, ignore_result=True)
+    wait_for(lambda: started(server))
+    second = make_worker(server, concurrency=1, options=options, conf=conf).ready()
+    assert server.client.hlen("unacked") <= 4
+    wait_for(lambda: len(ran(server)) == 8)
+    pids = Counter(pid for _, pid, _ in started(server))
+    assert set(pids) == {first.process.pid, second.process.pid}
+
+
+def test_interactive_overtakes_bulk_and_one_model_the_backlog_of_another(server, make_worker):
+    app = producer(server)
+    with app.producer_pool.acquire() as sender:
+        for job in range(3000):
+            app.send_task("jobs.record", (job,), queue="a", priority=9, ignore_result=True, producer=sender)
+            app.send_task("jobs.record", (job,), queue="a", ignore_result=True, producer=sender)
+        for job in range(10):
+            app.send_task("jobs.record", (10_000 + job,), queue="b", ignore_result=True, producer=sender)
+            app.send_task("jobs.record", (20_000 + job,), queue="b", priority=6, ignore_result=True, producer=sender)
+    make_worker(server, pool="solo", queues="a,b", conf={"worker_prefetch_multiplier": 8}).ready()
+    wait_for(lambda: len(ran(server)) == 6020, 90)
+    order = ran(server)
+    assert max(order.index(10_000 + job) for job in range(10)) < 200
+    assert max(order.index(20_000 + job) for job in range(10)) < 3000 + 10 + 10 + 20
+    assert order[-1] == 2999
+
+
+def test_redelivery_is_seen_by_the_task(server, make_worker):
+    victim = make_worker(server, options={"lease_seconds": 2}, pool="solo").ready()
+    producer(server).send_task("jobs.long", (0, 30), ignore_result=True)
+    wait_for(lambda: started(server))
+    result = producer(server).send_task("jobs.headers")
+    time.sleep(1)
+    victim.kill()
+    make_worker(server, options={"lease_seconds": 2}).ready()
+    assert result.get(timeout=30)["count"] in {0, None}
+
+
+def test_an_unacknowledged_prefetch_of_a_killed_worker_counts_nothing(server, connect, make_worker):
+    worker = make_worker(server, concurrency=1, options={"lease_seconds": 2}).ready()
+    for job in range(3):
+        producer(server).send_task("jobs.long", (job, 20), ignore_result=True)
+    wait_for(lambda: left(server)["leases"] == 3)
+    worker.kill()
+    heir = Consumer(connect(server, lease_seconds=3), "jobs")
+    messages = heir.drain(3, timeout=30)
+    assert [transport.delivery_count(each) for each in messages] == [0, 0, 0]
+
+
+@pytest.mark.slow
+def test_sentinel_failover(make_server, make_worker, tmp_path):
+    master, replica, log = make_server(), make_server(), make_server()
+    replica.client.replicaof("127.0.0.1", master.port)
+    wait_for(lambda: replica.client.info("replication")["master_link_status"] == "up")
+    port = free_port()
+    conf = tmp_path / "sentinel.conf"
+    conf.write_text(
+        f"port {port}\nbind 127.0.0.1\nsentinel monitor mine 127.0.0.1 {master.port} 1\n"
+        "sentinel down-after-milliseconds mine 1500\nsentinel failover-timeout mine 5000\n"
+    )
+    watcher = subprocess.Popen([SERVERS["redis-server"], str(conf), "--sentinel"], stdout=subprocess.DEVNULL)
+    try:
+        time.sleep(2)
+        url, options = f"sentinel://127.0.0.1:{port}/0", {"master_name": "mine", "lease_seconds": 10}
+        name = "nograd.tasks.transport:SentinelTransport"
+        worker = make_worker(master, url=url, transport=name, options=options, log=log, concurrency=2).ready()
+        app = producer(url, name, master_name="mine")
+        app.send_task("jobs.long", (1, 6), ignore_result=True)
+        wait_for(lambda: started(log))
+        time.sleep(1)
+        master.kill()
+        wait_for(lambda: replica.client.info("replication")["role"] == "master", 30)
+        late = time.monotonic() + 60
+        while time.monotonic() < late:
+            try:
+                app.send_task("jobs.long", (2, 0), ignore_result=True, retry=False)
+                break
+            except (kombu.exceptions.OperationalError, OSError):
+                time.sleep(0.5)
+        wait_for(lambda: sorted(ran(log)) == [1, 2], 60)
+        assert worker.alive
+        assert len(started(log)) == 2
+        wait_for(lambda: left(replica) == NOTHING_LEFT)
+    finally:
+        watcher.kill()
+        watcher.wait()
+
+
+def test_an_acl_user_needs_no_more_than_documented(server, make_worker):
+    rules = ["on", ">secret", "~*", "&*", "+@all", "-@dangerous", "+info", "-keys"]
+    server.client.execute_command("ACL", "SETUSER", "worker", *rules)
+    url = f"redis://worker:secret@127.0.0.1:{server.port}/0"
+    make_worker(server, url=url).ready()
+    producer(url).send_task("jobs.long", (1, 0), ignore_result=True)
+    wait_for(lambda: ran(server) == [1])
+
+
+def test_a_unix_socket(make_server, make_worker, tmp_path):
+    path = tmp_path / "s"
+    server = make_server("--unixsocket", str(path))
+    url = f"redis+socket://{path}"
+    make_worker(server, url=url, transport=None, aliases=True).ready()
+    wait_for(path.exists)
+    producer(url, None).send_task("jobs.long", (1, 0), ignore_result=True)
+    wait_for(lambda: ran(server) == [1])
+    assert server.client.exists("_nograd.leases") == 0
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl to make a certificate")
+def test_tls(make_server, connect, tmp_path):
+    key, cert, port = tmp_path / "key.pem", tmp_path / "cert.pem", free_port()
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert, "-days", "2",
+                    "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"], check=True, capture_output=True)  # fmt: skip
+    try:
+        make_server("--tls-port", str(port), "--tls-cert-file", str(cert), "--tls-key-file", str(key), "--tls-auth-clients", "no")
+    except AssertionError:
+        pytest.skip("this Redis was built without TLS")
+    connection = kombu.Connection(f"rediss://127.0.0.1:{port}/0", transport=OURS, ssl={"ssl_ca_certs": str(cert)})
+    publish(connection)
+    consumer = Consumer(connection)
+    consumer.drain(1)[0].ack()
+    assert consumer.channel.keeper.beat()
+    connection.release()
+
+
+def test_aliases_keep_the_scheme_of_the_url(server):
+    code = (
+        "from nograd.tasks.transport import register_aliases, Transport; register_aliases();"
+        "from celery import Celery; c = Celery(broker='redis://localhost:6379/0').connection();"
+        "print(c.as_uri(), isinstance(c.transport, Transport))"
+    )
+    import sys
+
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert out.split() == ["redis://localhost:6379/0", "True"]
+
+
+def test_a_wrong_password_stops_the_start_with_a_clear_error(make_server, make_worker):
+    server = make_server("--requirepass", "right")
+    worker = make_worker(server, url=f"redis://:wrong@127.0.0.1:{server.port}/0")
+    assert worker.process.wait(60) != 0
+    assert "Redis refuses the connection" in worker.log()
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
+def test_a_redis_that_evicts_stops_the_start_with_a_clear_error(make_server, make_worker, policy):
+    server = make_server("--maxmemory", "100mb", "--maxmemory-policy", policy)
+    worker = make_worker(server)
+    assert worker.process.wait(60) != 0
+    assert f"maxmemory-policy {policy}" in worker.log()
+    make_worker(server, options={"allow_eviction": True}).ready()
+
+
+def test_a_redis_that_is_too_old_is_named(monkeypatch):
+    from nograd.tasks.transport.checks import check_server
+
+    class Old:
+        def call(self, commands):
+            return [b"redis_version:5.0.14\r\n", b"maxmemory_policy:noeviction\r\n"]
+
+    with pytest.raises(transport.TransportError, match=r"5\.0\.14"):
+        check_server(Old(), allow_eviction=False)
+
+
+def test_an_unknown_kombu_is_refused():
+    check_kombu()
+    with pytest.raises(transport.TransportError, match=r"kombu 6\.0\.0"):
+        check_kombu((6, 0, 0))
+
+
+def test_an_idle_worker_on_eight_queues_is_quiet(server, make_worker):
+    make_worker(server, queues=",".join(f"q{n}" for n in range(8))).ready()
+    time.sleep(2)
+    server.client.config_resetstat()
+    time.sleep(6)
+    calls = sum(each["calls"] for name, each in server.client.info("commandstats").items() if "resetstat" not in name)
+    assert calls / 6 <= 5
+
+
+def test_queue_lengths_are_what_flower_counts(server, connect):
+    publish(connect(server), "q", 3)
+    publish(connect(server), "q", 2, priority=9)
+    channel = connect(server).channel()
+    assert channel.queue_declare("q", passive=True).message_count == 5
+
+
+def test_revoked_and_expired_jobs_do_not_run(server, make_worker):
+    app = producer(server)
+    app.send_task("jobs.long", (1, 0), expires=0.01)
+    time.sleep(0.1)
+    make_worker(server).ready()
+    app.send_task("jobs.long", (2, 0))
+    wait_for(lambda: ran(server) == [2])
+    wait_for(lambda: left(server) == NOTHING_LEFT)
+
+
+def test_purge_and_delete(server, connect):
+    connection = connect(server)
+    publish(connection, count=3)
+    channel = connection.channel()
+    assert channel.queue_purge("q") == 3
+    publish(connection)
+    consumer = Consumer(connect(server))
+    assert len(consumer.drain(1)) == 1
+
+
+def test_queues_that_expire(server, connect):
+    connection = connect(server)
+    queue = kombu.Queue("tmp", routing_key="tmp", expires=60)
+    with connection.Producer() as sender:
+        sender.publish({"n": 1}, routing_key="tmp", exchange="", declare=[queue])
+        assert 0 < server.client.pttl("tmp") <= 60_000
+    message = queue(connection.channel()).get()
+    message.ack()
+    assert left(server) == NOTHING_LEFT
+
+
+def test_sigint_is_a_warm_shutdown_too(server, make_worker):
+    worker = make_worker(server, concurrency=1).ready()
+    for job in range(3):
+        producer(server).send_task("jobs.long", (job, 1.0))
+    wait_for(lambda: started(server))
+    worker.signal(signal.SIGINT)
+    worker.process.wait(60)
+    assert len(ran(server)) + server.client.llen("jobs") == 3
+    assert json.dumps(left(server)) == json.dumps(NOTHING_LEFT)
