@@ -126,7 +126,8 @@ class TorchvisionSpec(ModelSpec, frozen=True, kw_only=True, tag="torchvision"):
     Attributes:
         model: its name in ``torchvision.models``.
         weights: a member of the architecture's weights enum (``IMAGENET1K_V1``, downloaded once by torchvision) or a
-            local state dict. With a local one, transforms and categories are those of the default weights.
+            local state dict. With a local one, the transforms are those of the default weights, and so are the
+            categories if there are as many outputs; else set ``labels``, or classes are named by their index.
         init: keyword arguments of the builder (``{ num_classes = 3 }``), for local weights.
     """
 

@@ -14,7 +14,7 @@ from nograd.tasks.errors import InvalidInput
 from nograd.tasks.modelfile import TransformersSpec
 from PIL import Image
 from transformers.pipelines import check_task, pipeline
-from transformers.pipelines.base import ChunkPipeline, pad_collate_fn
+from transformers.pipelines.base import ChunkPipeline, PipelineException, pad_collate_fn
 from transformers.pipelines.pt_utils import PipelineIterator
 
 from .base import HostedModel
@@ -132,7 +132,7 @@ class PipelineModel(HostedModel):
     def _preprocess(self, value: Any, params: Mapping[str, Any]) -> Any:
         try:
             return self._pipeline.preprocess(value, **params)
-        except (ValueError, TypeError) as err:
+        except (ValueError, TypeError, PipelineException) as err:
             raise InvalidInput(str(err)) from err
 
     def bucket(self, prepared: Prepared) -> Hashable:
@@ -228,7 +228,8 @@ class PipelineModel(HostedModel):
                 raise InvalidInput(f"parameter top_k = {top!r}: expected a whole number, at least 1")
         pipe = self._pipeline
         try:
-            steps = pipe._sanitize_parameters(**wanted)  # noqa: SLF001 - what custom pipelines override by this name
+            with self._tokenizing:  # the targets of fill-mask are tokens
+                steps = pipe._sanitize_parameters(**wanted)  # noqa: SLF001 - what custom pipelines override by this name
         except (ValueError, TypeError, KeyError) as err:
             raise InvalidInput(f"parameters {wanted!r}: {err}") from err
         own = (pipe._preprocess_params, pipe._forward_params, pipe._postprocess_params)  # noqa: SLF001 - as above

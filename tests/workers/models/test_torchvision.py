@@ -4,7 +4,10 @@ import pytest
 import torch
 import torchvision
 from nograd.tasks.errors import InvalidInput, ModelFileError
+from nograd.tasks.modelfile import load_model_file
+from nograd.workers.models import open_model
 from nograd.workers.models.images import decode_image
+from nograd.workers.models.warmup import warm_up
 from torchvision.models import ResNet18_Weights
 
 
@@ -31,36 +34,45 @@ def fine_tuned(tmp_path, classes):
     return table("tuned.pth", f"init = {{ num_classes = {classes} }}")
 
 
-def test_a_local_state_dict_gets_the_transforms_and_categories_of_the_default_weights(hosted, predict, picture, resnet):
-    module, path = resnet
-    model = hosted(table(path))
+@pytest.fixture(scope="module")
+def photos(resnet):
+    """That resnet18, loaded once: it is of full size."""
+    _, path = resnet
+    file = path.with_name("models.toml")
+    file.write_text("[photos]\n" + table(path.name, "top = 1000"))
+    model = open_model(load_model_file(file), "photos")
+    model.load(torch.device("cpu"))
+    warm_up(model)
+    return model
+
+
+def test_a_local_state_dict_gets_the_transforms_and_categories_of_the_default_weights(photos, predict, picture, resnet):
+    module, _ = resnet
     weights = ResNet18_Weights.DEFAULT
     data = picture(size=(300, 260))
     with torch.no_grad():
         scores = module(weights.transforms()(decode_image(data)).unsqueeze(0))[0].softmax(0)
-    (answer,) = predict(model, [data])
+    (answer,) = predict(photos, [data])
     assert answer["label"] == weights.meta["categories"][scores.argmax()]
     assert answer["score"] == pytest.approx(scores.max().item(), abs=1e-5)
-    assert len(answer["top"]) == 5
+    assert len(answer["top"]) == 1000
     json.dumps(answer)
 
 
-def test_batches_of_one_and_of_many_agree_and_images_of_any_size_share_a_batch(hosted, predict, picture, resnet):
-    model = hosted(table(resnet[1], "top = 1000"))
-    images = [
-        picture("JPEG", size=size, shift=shift) for size, shift in (((300, 260), 0), ((90, 400), 40), ((64, 64), 9))
-    ]
-    together = predict(model, images)
-    for answer, alone in zip(together, [predict(model, [image])[0] for image in images], strict=True):
+def test_batches_of_one_and_of_many_agree_and_images_of_any_size_share_a_batch(photos, predict, picture):
+    sizes = {(300, 260): 0, (90, 400): 40, (64, 64): 9}
+    images = [picture("JPEG", size=size, shift=shift) for size, shift in sizes.items()]
+    together = predict(photos, images)
+    for answer, alone in zip(together, [predict(photos, [image])[0] for image in images], strict=True):
         scores = {entry["label"]: entry["score"] for entry in alone["top"]}
         assert {entry["label"]: entry["score"] for entry in answer["top"]} == pytest.approx(scores, abs=1e-5)
 
 
-def test_pixels_that_were_preprocessed_elsewhere_may_come_as_tensors(hosted, predict, picture, resnet):
-    images = hosted(table(resnet[1]))
-    tensors = hosted(table(resnet[1], 'input = "tensor"\nshape = [3, 224, 224]'))
+def test_pixels_that_were_preprocessed_elsewhere_may_come_as_tensors(photos, opened, predict, picture, resnet):
+    tensors = opened(table(resnet[1], 'top = 1000\ninput = "tensor"\nshape = [3, 224, 224]'))
+    tensors.load(torch.device("cpu"))
     data = picture()
-    assert predict(tensors, [images.prepare(data, {}).numpy()])[0] == predict(images, [data])[0]
+    assert predict(tensors, [photos.prepare(data, {}).numpy()]) == predict(photos, [data])
 
 
 def test_a_configured_transform_wins(hosted, resnet, picture):
@@ -77,11 +89,10 @@ def test_a_fine_tuned_model_names_its_classes_by_labels_or_else_by_index(hosted,
     assert named["label"] == ["palace", "flower", "digit"][int(answer["label"])]
 
 
-def test_what_is_no_image_is_the_caller_s_fault(hosted, resnet):
-    model = hosted(table(resnet[1]))
+def test_what_is_no_image_is_the_caller_s_fault(photos):
     for value in ("cat.jpg", [1, 2, 3], b"GIF89a junk"):
         with pytest.raises(InvalidInput, match="image"):
-            model.prepare(value, {})
+            photos.prepare(value, {})
 
 
 @pytest.mark.parametrize(
@@ -110,12 +121,16 @@ def test_what_is_wrong_is_named_with_key_value_and_file(opened, tmp_path, monkey
         opened(table("W.pth").replace(*change, 1)).load(torch.device("cpu"))
 
 
-def test_enum_weights_bring_their_transforms_and_categories(hosted, predict, picture, monkeypatch, tmp_path, resnet):
+def test_enum_weights_bring_their_transforms_and_categories(
+    photos, opened, predict, picture, monkeypatch, tmp_path, resnet
+):
     """As torchvision finds them: in its cache, where a download would have put them."""
     _, path = resnet
     cache = tmp_path / "hub" / "checkpoints"
     cache.mkdir(parents=True)
     (cache / ResNet18_Weights.IMAGENET1K_V1.url.rpartition("/")[2]).symlink_to(path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    model = hosted(table("IMAGENET1K_V1"))
-    assert predict(model, [picture()]) == predict(hosted(table(path)), [picture()])
+    model = opened(table("IMAGENET1K_V1", "top = 1000"))
+    model.load(torch.device("cpu"))
+    data = picture()
+    assert predict(model, [data]) == predict(photos, [data])

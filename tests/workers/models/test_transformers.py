@@ -198,6 +198,11 @@ def test_what_is_no_text_the_model_can_take_is_the_caller_s_fault(hosted, table,
         hosted(table("text-classification", "classifier")).prepare(value, {})
 
 
+def test_a_text_without_a_mask_cannot_be_filled(hosted, table):
+    with pytest.raises(InvalidInput, match="No mask_token"):
+        hosted(table("fill-mask", "filler")).prepare("the quick fox", {})
+
+
 def test_a_long_text_is_cut_off_when_that_is_asked_for(hosted, predict, table):
     model = hosted(table("text-classification", "classifier", "params = { truncation = true }"))
     assert predict(model, ["fox " * 60])[0]["label"] in SENTIMENTS.values()
