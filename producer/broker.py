@@ -155,6 +155,7 @@ class Broker:
             BrokerUnavailable: if Redis does not answer.
         """
         if job_ids:
+            self._ping()
             with self.errors():
                 self.app.control.revoke(list(job_ids))
 
@@ -187,6 +188,7 @@ class Broker:
         Raises:
             BrokerUnavailable: if Redis does not answer.
         """
+        self._ping()
         with self.errors():
             stats = self.app.control.inspect(timeout=timeout_s).stats() or {}
         return {name: stats[name].get("pool") or {} for name in sorted(stats)}
@@ -197,6 +199,7 @@ class Broker:
         Raises:
             BrokerUnavailable: if Redis does not answer.
         """
+        self._ping()
         with self.errors():
             return bool(self.app.control.ping(timeout=1.0, limit=1))
 
@@ -209,6 +212,11 @@ class Broker:
             cause = err.__cause__ if isinstance(err.__cause__, redis.RedisError) else err
             uncertain = " (some of these jobs may have been accepted)" if isinstance(err, BatchPublishError) else ""
             raise BrokerUnavailable(f"Redis at {self.address}: {cause or type(cause).__name__}{uncertain}") from err
+
+    def _ping(self) -> None:
+        # A remote control message waits 6 s for a Redis that is away (measured); this asks first.
+        with self.errors():
+            self.app.backend.client.ping()
 
     def _send(self, producer: Any, message: Message, **options: Any) -> None:
         amqp, queue = self.app.amqp, queue_name(message.model)
