@@ -35,6 +35,8 @@ _Item = TypeVar("_Item")
 GATHER_S: Final = 0.003
 #: seconds until a flush that failed is tried again
 RETRY_S: Final = 0.5
+#: seconds between two complaints about a Redis that is away
+COMPLAIN_S: Final = 10.0
 #: acknowledgements, beats and returns per script call (Lua's unpack and Redis' patience have limits)
 PER_CALL: Final = 500
 
@@ -120,6 +122,7 @@ class Keeper:
         self._clock: tuple[float, float] | None = None
         self._sweep_after = 0.0
         self._stuck = False
+        self._complained_at = -COMPLAIN_S
         self._fetches = 0
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -222,7 +225,7 @@ class Keeper:
             # Each of these scripts does nothing the second time, so all of them can be repeated.
             self._acks.extendleft(reversed(acks))
             self._others.extendleft(reversed(others))
-        logger.warning("Redis did not take %d settled messages, trying again: %s", len(acks) + len(others), failed)
+        self._complain("Redis did not take %d settled messages, trying again: %s", len(acks) + len(others), failed)
         return False
 
     # -- poison ------------------------------------------------------------------------------------------------------
@@ -276,7 +279,7 @@ class Keeper:
                         raise reply
             except (RedisError, OSError) as err:
                 self._hold_off()
-                logger.warning("%d leases could not be renewed, trying again: %s", len(leases), err)
+                self._complain("%d leases could not be renewed, trying again: %s", len(leases), err)
                 return False
             expired = self._heard(leases, replies, sent, by)
         if expired:
@@ -424,6 +427,22 @@ class Keeper:
         """The keeper's connection."""
         return self._wire
 
+    def abandon(self) -> None:
+        """Forget everything and stop; what was held expires."""
+        self.forget()
+        _keepers_without(self)
+        self._wake.set()
+
+    def forget(self) -> None:
+        """Hold nothing any more (in a forked child: no lock is taken, a thread that is not here may have it)."""
+        for held in (self._held, self._acks, self._others, self._channels, self._forgotten, self._orphans):
+            held.clear()
+
+    def _complain(self, text: str, *args: Any) -> None:
+        if time.monotonic() - self._complained_at > COMPLAIN_S:
+            self._complained_at = time.monotonic()
+            logger.warning(text, *args)
+
     def _release(self, lease: Lease) -> bool:
         """Stop beating for it; False if that had happened before. The one place where a delivery ends."""
         if self._held.pop(lease.id, None) is None:
@@ -526,6 +545,11 @@ def keepers() -> list[Keeper]:
         return list(_keepers.values())
 
 
+def _keepers_without(keeper: Keeper) -> None:
+    for key in [key for key, each in _keepers.items() if each is keeper]:
+        del _keepers[key]
+
+
 @atexit.register
 def _flush_all() -> None:
     for keeper in keepers():
@@ -537,9 +561,7 @@ def _forget_all() -> None:
     global _keepers_lock  # noqa: PLW0603 - the lock may be held by a thread that does not exist here
     _keepers_lock = threading.Lock()
     for keeper in _keepers.values():
-        keeper._held.clear()  # noqa: SLF001
-        keeper._acks.clear()  # noqa: SLF001
-        keeper._others.clear()  # noqa: SLF001
+        keeper.forget()
     _keepers.clear()
 
 

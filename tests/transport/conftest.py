@@ -10,6 +10,8 @@ from pathlib import Path
 import kombu
 import pytest
 
+from nograd.tasks.transport.keeper import keepers
+
 from .support import OURS, SERVERS, Server, Worker
 
 
@@ -66,3 +68,5 @@ def connect() -> Iterator[Callable[..., kombu.Connection]]:
     yield make
     for connection in made:
         connection.collect()
+    for keeper in keepers():
+        keeper.abandon()

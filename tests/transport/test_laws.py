@@ -356,7 +356,7 @@ def test_producer_batch_rings(server, connect):
 
 def test_a_full_redis_still_hands_out_and_takes_acknowledgements(each_server, connect):
     publish(connect(each_server), count=20, blob="x" * 10_000)
-    consumer = Consumer(connect(each_server, lease_seconds=2))
+    consumer = Consumer(connect(each_server, lease_seconds=2), prefetch=20)
     each_server.client.config_set("maxmemory", 1024 * 1024)
     with pytest.raises(redis.ResponseError, match="OOM|maxmemory"):
         publish(connect(each_server))

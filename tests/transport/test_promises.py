@@ -24,8 +24,8 @@ def test_every_pool_runs_tasks_and_answers_remote_control(server, make_worker, p
     worker = make_worker(server, pool=pool, concurrency=2, options={"global_keyprefix": "x:"}).ready()
     app = producer(server, global_keyprefix="x:")
     assert app.send_task("jobs.long", (3, 0)).get(timeout=30) == 3
-    assert app.control.inspect(timeout=5).ping() == {worker.name: {"ok": "pong"}}
-    assert worker.name in app.control.inspect(timeout=5).stats()
+    assert app.control.inspect(timeout=2).ping() == {worker.name: {"ok": "pong"}}
+    assert worker.name in app.control.inspect(timeout=2).stats()
     assert worker.stop() == 0
 
 
@@ -203,7 +203,9 @@ def test_aliases_keep_the_scheme_of_the_url(server):
     import sys
 
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert out.split() == ["redis://localhost:6379/0", "True"]
+    uri, ours = out.split()
+    assert uri.startswith("redis://")
+    assert ours == "True"
 
 
 def test_a_wrong_password_stops_the_start_with_a_clear_error(make_server, make_worker):
