@@ -15,6 +15,8 @@ from nograd.producer import embedded
 from nograd.producer.embedded import EmbeddedRedis, find_server
 from nograd.producer.processes import Child
 from nograd.tasks import ConfigError
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 
 def connect(server, **options):
@@ -42,7 +44,7 @@ def test_a_password_is_required_and_differs_from_start_to_start():
     with EmbeddedRedis() as one, EmbeddedRedis() as two:
         assert one.url != two.url
         with (
-            redis_py.Redis(host="127.0.0.1", port=one.port) as stranger,
+            redis_py.Redis(host="127.0.0.1", port=one.port, retry=Retry(NoBackoff(), 0)) as stranger,
             pytest.raises(redis_py.AuthenticationError),
         ):
             stranger.ping()
