@@ -55,7 +55,17 @@ class Run:
     # -- the parts ---------------------------------------------------------------------------------------------------
 
     def start_redis(self) -> None:
-        command = [self.options.redis, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder), "--save", ""]
+        command = [
+            self.options.redis,
+            "--port",
+            str(self.port),
+            "--bind",
+            "127.0.0.1",
+            "--dir",
+            str(self.folder),
+            "--save",
+            "",
+        ]
         if "redis" in self.options.faults:
             command += ["--appendonly", "yes", "--appendfsync", "always"]
         self.server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -71,18 +81,45 @@ class Run:
         port = self.proxy.port if "cut" in self.options.faults else self.port
         settings = {"lease_seconds": self.options.lease}
         if self.options.stock:
-            settings = {"visibility_timeout": self.options.lease, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
-        env = dict(os.environ, CHAOS_URL=f"redis://127.0.0.1:{port}/0", CHAOS_HISTORY=str(self.history), PYTHONWARNINGS="ignore",
-                   CHAOS_OPTIONS=json.dumps(settings), CHAOS_TRANSPORT="" if self.options.stock else OURS,
-                   CHAOS_POOL=self.options.pool)  # fmt: skip
-        command = [sys.executable, "-m", "celery", "-A", "app", "worker", "-P", self.options.pool, "-c", str(self.options.concurrency)]
+            settings = {
+                "visibility_timeout": self.options.lease,
+                "unacked_restore_interval": 1,
+                "unacked_restore_throttle": 1,
+            }
+        env = os.environ | {
+            "CHAOS_URL": f"redis://127.0.0.1:{port}/0",
+            "CHAOS_HISTORY": str(self.history),
+            "CHAOS_OPTIONS": json.dumps(settings),
+            "CHAOS_TRANSPORT": "" if self.options.stock else OURS,
+            "CHAOS_POOL": self.options.pool,
+            "PYTHONWARNINGS": "ignore",
+        }
+        command = [
+            sys.executable,
+            "-m",
+            "celery",
+            "-A",
+            "app",
+            "worker",
+            "-P",
+            self.options.pool,
+            "-c",
+            str(self.options.concurrency),
+        ]
         command += ["-n", f"chaos{time.monotonic_ns()}@here", "-l", "warning", "--without-gossip", "--without-mingle"]
         with (self.folder / "workers.log").open("ab") as out:
-            self.workers.append(subprocess.Popen(command, cwd=HERE, env=env, stdout=out, stderr=out, start_new_session=True))
+            self.workers.append(
+                subprocess.Popen(command, cwd=HERE, env=env, stdout=out, stderr=out, start_new_session=True)
+            )
 
     def produce(self) -> None:
         """Keep a backlog, so that every kill hits a busy worker."""
-        app = Celery("producer", broker=f"redis://127.0.0.1:{self.port}/0", backend=f"redis://127.0.0.1:{self.port}/0", set_as_current=False)
+        app = Celery(
+            "producer",
+            broker=f"redis://127.0.0.1:{self.port}/0",
+            backend=f"redis://127.0.0.1:{self.port}/0",
+            set_as_current=False,
+        )
         app.conf.task_publish_retry = False
         if not self.options.stock:
             app.conf.broker_transport = OURS
@@ -95,9 +132,9 @@ class Run:
                     for _ in range(50):
                         number, self.sent = self.sent, self.sent + 1
                         try:
-                            app.send_task("chaos.job", (number, self.options.seconds), queue="chaos", task_id=f"job-{number}",
-                                          ignore_result=False, producer=producer)  # fmt: skip
-                        except Exception as err:  # noqa: BLE001 - whatever it is, nobody knows whether the job was accepted
+                            args, name = (number, self.options.seconds), f"job-{number}"
+                            app.send_task("chaos.job", args, queue="chaos", task_id=name, producer=producer)
+                        except Exception as err:
                             self.note("uncertain", job=number, error=str(err))
                             raise
                         self.note("accepted", job=number)
@@ -157,7 +194,11 @@ class Run:
         for number in range(self.options.rounds):
             busy = self.wait_busy(busy)
             time.sleep(self.chance.uniform(*self.options.pause))
-            kind = self.options.faults[number % len(self.options.faults)] if number < len(self.options.faults) else self.chance.choice(self.options.faults)
+            kind = (
+                self.options.faults[number % len(self.options.faults)]
+                if number < len(self.options.faults)
+                else self.chance.choice(self.options.faults)
+            )
             getattr(self, kind)()
             for worker in [each for each in self.workers if each.poll() is not None]:
                 self.note("exit", pid=worker.pid, code=worker.returncode)
@@ -226,7 +267,9 @@ def _redis_executable() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=30, help="faults to inject")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--stock", action="store_true", help="stock Celery, as the negative control")
@@ -261,7 +304,9 @@ def main() -> int:
     else:
         print("stock Celery" if options.stock else "lossless transport", f"(seed {options.seed})")
         for key, value in verdict.as_dict().items():
-            print(f"  {key.replace('_', ' ')}: {value if not isinstance(value, list) else f'{len(value)} {value[:20]}'}")
+            print(
+                f"  {key.replace('_', ' ')}: {value if not isinstance(value, list) else f'{len(value)} {value[:20]}'}"
+            )
     return 0 if verdict.holds else 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 
@@ -105,8 +106,10 @@ def _recoveries(
     found = []
     for job, begun in starts.items():
         begun.sort()
-        for (at, pid), (again, _) in zip(begun, begun[1:], strict=False):
-            for kill in killed.get(pid, ()):
-                if at <= kill <= again and not any(at <= end <= kill for end in ended[job]):
-                    found.append(again - kill)
+        for (at, pid), (again, _) in pairwise(begun):
+            found.extend(
+                again - kill
+                for kill in killed.get(pid, ())
+                if at <= kill <= again and not any(at <= end <= kill for end in ended[job])
+            )
     return found

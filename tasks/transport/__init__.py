@@ -7,8 +7,8 @@ Any Celery app adopts it with one line::
 or, so that Flower and everything else that goes by the scheme of the URL keep seeing ``redis://``, by calling
 `register_aliases` before the app connects.
 
-What a pool may ask of it; each function takes kombu messages (a Celery request has one as ``request._message``) and does
-nothing for a message of another transport:
+What a pool may ask of it; each function takes kombu messages (a Celery request has one as ``request.message``) and
+does nothing for a message of another transport:
 
 - `suspect` before a forward: if the process dies now, exactly these messages count a delivery;
 - `delivery_count`: how often that has happened to a message (also its header ``x-delivery-count``);
@@ -25,12 +25,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .channel import Channel, SentinelChannel, SentinelTransport, Transport
+from .channel import Channel, SentinelChannel
 from .dead import DeadLetters
 from .errors import TransportError
 from .keeper import Keeper, keepers
 from .lease import Lease
 from .message import DELIVERY_COUNT
+from .transport import SentinelTransport, Transport
 
 __all__ = [
     "DELIVERY_COUNT",
@@ -120,7 +121,8 @@ def bury(message: Any, reason: str, **known: Any) -> bool:
 
 def flush() -> bool:
     """Tell Redis at once what has been acknowledged; False if it cannot be reached."""
-    return all([keeper.flush() for keeper in keepers()])
+    flushed = [keeper.flush() for keeper in keepers()]  # every one, also after one that could not
+    return all(flushed)
 
 
 def set_budgets(channel: Any, budgets: dict[int, int]) -> None:

@@ -1,4 +1,4 @@
-"""kombu's Redis channel, except that a message is leased in the step that takes it.
+"""The Redis channel of kombu, except that a message is leased in the step that takes it.
 
 A channel only reads: it fetches, delivers, and leaves to the keeper of its process what has been delivered.
 """
@@ -32,7 +32,7 @@ from .scripts import FETCH, PUSH, RING
 
 logger = get_logger(__name__)
 
-#: seconds messages are delivered in a row before the event loop gets its turn (the solo pool runs them while delivering)
+#: seconds messages are delivered in a row before the event loop gets its turn (the solo pool runs them meanwhile)
 SLICE_S: Final = 0.02
 #: seconds a closing consumer waits for the answer that is on its way
 FINISH_S: Final = 3.0
@@ -45,13 +45,20 @@ OPTIONS: Final = (
 )  # fmt: skip
 
 _numbers = itertools.count(1)
+#: Redis servers that have let this process in before
+_welcomed: set[tuple[Any, ...]] = set()
+
+
+def _tail(queue: str) -> str:
+    """What stands behind a message of the queue in ``unacked``: kombu's exchange and routing key."""
+    return f',"",{json.dumps(queue)}]'
 
 
 def stopping() -> bool:
     """Whether Celery, or the interpreter, is on its way out.
 
-    Celery says so in its state when a signal has come; the remote command ``shutdown`` shows only as the SystemExit that
-    is being handled.
+    Celery says so in its state when a signal has come; the remote command ``shutdown`` shows only as the SystemExit
+    that is being handled.
     """
     state = sys.modules.get("celery.worker.state")
     for flag in ("should_stop", "should_terminate"):
@@ -66,43 +73,10 @@ def stopping() -> bool:
     return False
 
 
-class Poller(kombu_redis.MultiChannelPoller):  # type: ignore[misc]
-    """kombu's poller, except that a reply that is on its way is always read: its messages are leased already."""
+class Channel(kombu_redis.Channel):  # type: ignore[misc]
+    """Channel to one Redis."""
 
-    def _update_brpop_polling(self) -> None:
-        """kombu stops reading while there is no credit; a parked reply would be leases that nobody beats for."""
-
-    def on_poll_start(self) -> None:
-        """Ask for messages where there is credit."""
-        for channel in list(self._channels):
-            if channel.active_queues and channel.wants():
-                self._register_BRPOP(channel)
-            if channel.active_fanout_queues:
-                self._register_LISTEN(channel)
-
-    def on_readable(self, fileno: int) -> Any:
-        """Read, whatever the credit."""
-        found = self._fd_to_chan.get(fileno)
-        if found is None:
-            logger.debug("on_readable: fd %r not mapped, ignoring", fileno)
-            return None
-        channel, kind = found
-        if kind == "BRPOP" and not channel._in_poll:  # noqa: SLF001 - kombu's own business with its channels
-            # Nothing was asked for: the server has closed the idle connection. Connect again when there is credit.
-            channel.client.connection.disconnect()
-            return None
-        return channel.handlers[kind]()
-
-    def get(self, callback: Any, timeout: float | None = None) -> Any:
-        """One message for `drain_events`, first of those that are here already."""
-        for channel in list(self._channels):
-            if channel.parked and channel.deliver(most=1):
-                return None
-        return super().get(callback, timeout=timeout)
-
-
-class Lossless:
-    """What our channels have in common; mixed into kombu's plain and Sentinel ones."""
+    from_transport_options = kombu_redis.Channel.from_transport_options + OPTIONS
 
     QoS = QoS
     Message = Message
@@ -142,16 +116,20 @@ class Lossless:
         self._load_script = False
         self._refused_until = 0.0
         self._warned_at = 0.0
-        self._direct: redis.Redis | None = None
+        self._direct: Any = None
         self._later = False
-        transport = args[0] if args else kwargs["connection"]
+        where = self._address((args[0] if args else kwargs["connection"]).client)
         try:
             super().__init__(*args, **kwargs)
         except AuthenticationError as err:
-            if transport.was_connected:
+            if where in _welcomed:
                 raise  # a password that is being changed; kombu tries again
             raise refused(err) from err
-        transport.was_connected = True
+        _welcomed.add(where)
+
+    @staticmethod
+    def _address(client: Any) -> tuple[Any, ...]:
+        return client.hostname, client.port, client.virtual_host, client.userid, tuple(client.alt or ())
 
     # -- publishing --------------------------------------------------------------------------------------------------
 
@@ -176,11 +154,11 @@ class Lossless:
             logger.debug("the bells were not rung: %s", err)
 
     def create_publish_batch(self, max_size: int) -> PublishBatch:
-        """kombu's batch, with bells."""
+        """The batch of kombu, with bells."""
         return PublishBatch(self, max_size)
 
     def _call(self, script: Any, keys: list[str], args: list[Any]) -> Any:
-        client = self._direct
+        client: Any = self._direct
         if client is None or client.connection_pool is not self.pool:
             # Not the client kombu makes for each command: that one prefixes the first key of a script and no other.
             client = self._direct = redis.Redis(connection_pool=self.pool)
@@ -219,8 +197,7 @@ class Lossless:
         return self.keeper
 
     def _keeper_key(self) -> Any:
-        conninfo = self.connection.client
-        where = (conninfo.hostname, conninfo.port, conninfo.virtual_host, conninfo.userid, tuple(conninfo.alt or ()))
+        where = self._address(self.connection.client)
         return (*where, getattr(self, "master_name", None), self.global_keyprefix, self.unacked_key, self.lease_seconds)
 
     def _make_keeper(self) -> Keeper:
@@ -249,10 +226,12 @@ class Lossless:
             channel = object.__new__(type(self))
             channel.__dict__.update({name: options[name] for name in self.from_transport_options if name in options})
             channel.connection = _Address(client, transport.default_port)
-            pool = channel._get_pool()  # noqa: SLF001
+            pool = channel._get_pool()
             timeout = self.socket_timeout
             pool.connection_kwargs.update(
-                socket_timeout=min(limit, timeout) if timeout else limit, retry_on_timeout=False, health_check_interval=0
+                socket_timeout=min(limit, timeout) if timeout else limit,
+                retry_on_timeout=False,
+                health_check_interval=0,
             )
             return pool
 
@@ -264,18 +243,35 @@ class Lossless:
 
     def _pack(self) -> Fetch:
         """The commands for the queues as they are now, and which list each reply will be about."""
-        self._lists = []
-        packed = []
-        for step in self.priority_steps:
-            for queue in self._queue_cycle.consume(len(self.active_queues)):
-                name, leased = self._q_for_pri(queue, step), self._leased(queue)
-                tail = f',"",{json.dumps(queue)}]'
-                self._lists.append((name, queue, step, f".{len(tail.encode())}|{name}", leased))
-                packed.append((name, tail, leased))
-        prefix = self.global_keyprefix
-        keys = [prefix + self.unacked_key, prefix + self.unacked_index_key, prefix + names.LEASES, prefix + names.DELIVERIES]
-        self._fetch = Fetch(keys, prefix, self.nudge_key or f"{prefix}{names.NUDGE}none", packed, len(self.priority_steps))
+        self._lists = [
+            self._place(queue, step, leased=self._leased(queue))
+            for step in self.priority_steps
+            for queue in self._queue_cycle.consume(len(self.active_queues))
+        ]
+        packed = [(name, _tail(queue), leased) for name, queue, _, _, leased in self._lists]
+        nudge = self.nudge_key or f"{self.global_keyprefix}{names.NUDGE}none"
+        bells = [bell(self.global_keyprefix, name) for name, *_ in self._lists]
+        self._fetch = Fetch(self._keys(self._lists), nudge, bells, packed, len(self.priority_steps))
         return self._fetch
+
+    def _place(self, queue: str, step: int, *, leased: bool) -> tuple[str, str, int, str, bool]:
+        """A list: its name, queue, priority, the end of the ids of its leases, and whether it has any."""
+        name = self._q_for_pri(queue, step)
+        return name, queue, step, f".{len(_tail(queue).encode())}|{name}", leased
+
+    def _keys(self, places: list[tuple[str, str, int, str, bool]]) -> list[str]:
+        """The keys of a fetch."""
+        prefix = self.global_keyprefix
+        keys = [prefix + key for key in (self.unacked_key, self.unacked_index_key, names.LEASES, names.DELIVERIES)]
+        for name, *_ in places:
+            keys += [prefix + name, bell(prefix, name)]
+        return keys
+
+    def _numbers(self, most: int, prefix: str, start: int, width: int, *, fair: bool) -> list[str | int]:
+        """The first nine arguments of a fetch."""
+        largest = self.max_message_bytes or 1 << 40
+        lease_ms = int(self.lease_seconds * 1000)
+        return [most, start, self.fetch_bytes, lease_ms, prefix, largest, width, int(fair), names.BELL_TTL_MS]
 
     def _leased(self, queue: str) -> bool:
         return bool(self.ack_emulation) and queue not in self._no_ack_queues
@@ -323,10 +319,7 @@ class Lossless:
         fair = self.queue_order_strategy == "round_robin"
         self._rotation += 1
         start = self._rotation % fetch.width if fair else 0
-        lease_ms = int(self.lease_seconds * 1000)
-        largest = self.max_message_bytes or 1 << 40
-        numbers = [most, start, self.fetch_bytes, lease_ms, prefix, largest, int(fair), names.BELL_TTL_MS]
-        return fetch.take(script, numbers, rooms)
+        return fetch.take(script, [*self._numbers(most, prefix, start, fetch.width, fair=fair), *rooms])
 
     def _brpop_read(self, **options: Any) -> bool:
         """Read the answer, lease what it brings, deliver.
@@ -373,19 +366,28 @@ class Lossless:
     def _accept(self, reply: list[Any], prefix: str, sent: float) -> None:
         """Everything in the answer is ours from here on."""
         leases: list[Lease] = []
-        now = time.monotonic()
         for k in range(0, len(reply), 3):
             number, raw, deliveries = reply[k : k + 3]
-            name, queue, step, ending, leased = self._lists[number - 1]
-            lease = None
-            if leased:
-                sha = hashlib.sha1(raw, usedforsecurity=False).hexdigest() if raw and deliveries >= 0 else ""
-                lease_id = f"{prefix}{k // 3 + 1}{ending}"
-                lease = Lease(lease_id, name, queue, step, deliveries, sha, now, sent + self.lease_seconds)
+            _, queue, _, _, leased = self._lists[number - 1]
+            lease = (
+                self._lease(self._lists[number - 1], f"{prefix}{k // 3 + 1}", raw, deliveries, sent) if leased else None
+            )
+            if lease is not None:
                 leases.append(lease)
             self.parked.append((lease, queue, raw))
         if leases and self.keeper is not None:
             self.keeper.hold(leases)
+
+    def _lease(
+        self, place: tuple[str, str, int, str, bool], begin: str, raw: bytes | None, deliveries: int, sent: float
+    ) -> Lease:
+        """The lease that the script has made for a message; its id is put together here as it is there."""
+        name, queue, step, ending, _ = place
+        sha = hashlib.sha1(raw, usedforsecurity=False).hexdigest() if raw and deliveries >= 0 else ""
+        return Lease(
+            begin + ending, name, queue, step=step, deliveries=deliveries, sha=sha, since=time.monotonic(),
+            deadline=sent + self.lease_seconds,
+        )  # fmt: skip
 
     def deliver(self, most: int | None = None) -> bool:
         """Hand out what has been fetched; False if that was nothing.
@@ -421,14 +423,20 @@ class Lossless:
 
     def _deliver(self, lease: Lease | None, queue: str, raw: bytes | None) -> None:
         try:
-            if raw is None:
-                raise Malformed(f"larger than {self.max_message_bytes} bytes")
-            self.connection._deliver(read(raw, lease), queue)  # noqa: SLF001 - kombu's own
+            self.connection._deliver(self._read(raw, lease), queue)  # noqa: SLF001 - kombu's own
         except Malformed as err:
-            logger.error("message of queue %r cannot be read and goes to the dead list: %s", queue, err)  # noqa: TRY400
-            if lease is not None and self.keeper is not None:
-                self.qos.forget(lease.id)
-                self.keeper.bury(lease, str(err), now=not self.buffers)
+            self._bury(lease, queue, err)
+
+    def _read(self, raw: bytes | None, lease: Lease | None) -> Any:
+        if raw is None:
+            raise Malformed(f"larger than {self.max_message_bytes} bytes")
+        return read(raw, lease)
+
+    def _bury(self, lease: Lease | None, queue: str, err: Malformed) -> None:
+        logger.error("message of queue %r cannot be read and goes to the dead list: %s", queue, err)
+        if lease is not None and self.keeper is not None:
+            self.qos.forget(lease.id)
+            self.keeper.bury(lease, str(err), now=not self.buffers)
 
     def _return_parked(self) -> None:
         """Nobody has seen these: back to the head of their queues, in order."""
@@ -444,37 +452,23 @@ class Lossless:
         """One message, now."""
         del kwargs
         leased = bool(self.ack_emulation) and not no_ack
-        steps = list(self.priority_steps)
-        tail = f',"",{json.dumps(queue)}]'
-        lists = [(self._q_for_pri(queue, step), queue, step, "", leased) for step in steps]
-        lists = [(name, q, step, f".{len(tail.encode())}|{name}", leased) for name, q, step, _, _ in lists]
-        prefix = self._keep().next_prefix() if leased else "."
-        keys = [self.global_keyprefix + key for key in (self.unacked_key, self.unacked_index_key, names.LEASES, names.DELIVERIES)]
-        keys += [key for name, *_ in lists for key in (self.global_keyprefix + name, bell(self.global_keyprefix, name))]
-        args: list[Any] = [1, 0, self.fetch_bytes, int(self.lease_seconds * 1000), prefix, self.max_message_bytes or 1 << 40, 1, 1]
-        args += [names.BELL_TTL_MS, *([1] * len(steps)), *(part for name, *_ in lists for part in (name, tail, int(leased)))]
-        sent = time.monotonic()
-        reply = self._call(FETCH, keys, args)
+        prefix, sent = self._keep().next_prefix() if leased else ".", time.monotonic()
+        places = [self._place(queue, step, leased=leased) for step in self.priority_steps]
+        reply = self._call(FETCH, self._keys(places), [*self._numbers(1, prefix, 0, 1, fair=True), *([1] * len(places)),
+                           *(part for name, *_ in places for part in (name, _tail(queue), int(leased)))])  # fmt: skip
         if self._expires:
-            with self.conn_or_acquire() as prefixed:
-                self._maybe_update_queues_expire(prefixed, queue)
+            with self.conn_or_acquire() as client:
+                self._maybe_update_queues_expire(client, queue)
         if not reply:
             return None
         number, raw, deliveries = reply
-        name, _, step, ending, _ = lists[number - 1]
-        lease = None
-        if leased:
-            sha = hashlib.sha1(raw, usedforsecurity=False).hexdigest() if raw and deliveries >= 0 else ""
-            lease = Lease(f"{prefix}1{ending}", name, queue, step, deliveries, sha, sent, sent + self.lease_seconds)
+        lease = self._lease(places[number - 1], f"{prefix}1", raw, deliveries, sent) if leased else None
+        if lease is not None:
             self._keep().hold([lease])
         try:
-            if raw is None:
-                raise Malformed(f"larger than {self.max_message_bytes} bytes")
-            message = self.Message(read(raw, lease), channel=self)
+            message = self.Message(self._read(raw, lease), channel=self)
         except Malformed as err:
-            logger.error("message of queue %r cannot be read and goes to the dead list: %s", queue, err)  # noqa: TRY400
-            if lease is not None:
-                self._keep().bury(lease, str(err), now=True)
+            self._bury(lease, queue, err)
             return None
         if lease is not None:
             self.qos.append(message, message.delivery_tag)
@@ -497,7 +491,7 @@ class Lossless:
         waits, prefix, sent = self._asked
         try:
             if waits and self.keeper is not None and not self.keeper.nudge(self):
-                raise redis.ConnectionError("Redis is away")  # noqa: TRY301 - as if the read had found it out
+                raise redis.ConnectionError("Redis is away")  # as if the read had found it out
             connection._sock.settimeout(FINISH_S)  # noqa: SLF001 - as Celery bounds the reads of its own shutdown
             if waits:
                 connection.read_response()
@@ -568,69 +562,7 @@ class PublishBatch(kombu_redis.PublishBatch):  # type: ignore[misc]
             self.channel.ring(sorted(touched))
 
 
-class Channel(Lossless, kombu_redis.Channel):  # type: ignore[misc]
-    """Channel to one Redis."""
-
-    from_transport_options = kombu_redis.Channel.from_transport_options + OPTIONS
-
-
-class SentinelChannel(Lossless, kombu_redis.SentinelChannel):  # type: ignore[misc]
+class SentinelChannel(Channel, kombu_redis.SentinelChannel):  # type: ignore[misc]
     """Channel to the master that Sentinel names."""
 
     from_transport_options = kombu_redis.SentinelChannel.from_transport_options + OPTIONS
-
-
-class _Transport:
-    """What our transports have in common."""
-
-    #: the event loop, in a worker
-    hub: Any = None
-    #: whether Redis has let this process in before
-    was_connected = False
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.cycle = Poller()
-        self._ticks: set[Any] = set()
-
-    def register_with_event_loop(self, connection: Any, loop: Any) -> None:
-        """Let the loop read; remember what was added to it, to take it away again."""
-        self.hub = loop
-        before = set(loop.on_tick)
-        super().register_with_event_loop(connection, loop)
-        self._ticks = set(loop.on_tick) - before
-
-    def close_connection(self, connection: Any) -> None:
-        """Close every channel in good order."""
-        self._leave_loop()
-        super().close_connection(connection)
-
-    def _collect(self, connection: Any) -> None:
-        """kombu calls this when the connection is lost: drop everything here, touch nothing in Redis."""
-        del connection
-        self._leave_loop()
-        self.cycle.close()
-        for channels in (self._avail_channels, self.channels):
-            while channels:
-                channel = channels.pop()
-                try:
-                    channel.abandon()
-                except Exception:  # noqa: BLE001 - a channel that cannot even be dropped must not end the worker
-                    logger.debug("while dropping a channel", exc_info=True)
-
-    def _leave_loop(self) -> None:
-        if self.hub is not None:
-            self.hub.on_tick.difference_update(self._ticks)
-        self._ticks = set()
-
-
-class Transport(_Transport, kombu_redis.Transport):  # type: ignore[misc]
-    """The lossless transport; kombu's class of the same name in every other respect."""
-
-    Channel = Channel
-
-
-class SentinelTransport(_Transport, kombu_redis.SentinelTransport):  # type: ignore[misc]
-    """The lossless transport behind Redis Sentinel."""
-
-    Channel = SentinelChannel

@@ -25,7 +25,8 @@ _PRIVATE: dict[Any, tuple[str, ...]] = {
     ),
     kombu_redis.QoS: ("append", "ack", "reject", "restore_unacked", "restore_unacked_once", "restore_visible"),
     kombu_redis.MultiChannelPoller: (
-        "_update_brpop_polling", "_register_BRPOP", "_register_LISTEN", "on_readable", "handle_event", "get", "close", "discard",
+        "_update_brpop_polling", "_register_BRPOP", "_register_LISTEN", "on_readable", "handle_event", "get", "close",
+        "discard",
     ),
     kombu_redis.PublishBatch: ("publish", "add", "flush"),
     virtual.Channel: ("_reset_cycle", "_get_message_priority", "do_restore"),
@@ -43,9 +44,12 @@ def check_kombu(version: tuple[Any, ...] = tuple(kombu.VERSION)) -> None:
     wanted = ".".join(str(part) for part in KOMBU)
     if tuple(version[:2]) != KOMBU:
         raise TransportError(
-            f"kombu {installed} is installed; this transport changes the inside of kombu {wanted} and is tested with no other"
+            f"kombu {installed} is installed; this transport relies on the inside of kombu {wanted} "
+            "and is tested with no other"
         )
-    missing = [f"{owner.__name__}.{name}" for owner, parts in _PRIVATE.items() for name in parts if not hasattr(owner, name)]
+    missing = [
+        f"{owner.__name__}.{name}" for owner, parts in _PRIVATE.items() for name in parts if not hasattr(owner, name)
+    ]
     if missing:
         raise TransportError(f"kombu {installed} lacks {', '.join(missing)}, which this transport relies on")
 
@@ -65,7 +69,9 @@ def check_server(wire: Wire, *, allow_eviction: bool) -> None:
     # Valkey calls itself 7.2.4 here for the sake of old clients, and KeyDB 6.3.4: both are right for our purpose.
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if numbers and numbers < REDIS:
-        raise TransportError(f"Redis {version} is too old for this transport; it needs {'.'.join(map(str, REDIS))} or newer")
+        raise TransportError(
+            f"Redis {version} is too old for this transport; it needs {'.'.join(map(str, REDIS))} or newer"
+        )
     policy = memory.get("maxmemory_policy", "noeviction")
     if policy != "noeviction" and not allow_eviction:
         raise TransportError(
@@ -76,7 +82,9 @@ def check_server(wire: Wire, *, allow_eviction: bool) -> None:
 
 def refused(err: AuthenticationError | NoPermissionError) -> TransportError:
     """What to say when Redis does not let us in."""
-    return TransportError(f"Redis refuses the connection: {err}. Check user name and password in the broker URL and its ACL")
+    return TransportError(
+        f"Redis refuses the connection: {err}. Check user name and password in the broker URL and its ACL"
+    )
 
 
 def _info(reply: Any) -> dict[str, str]:

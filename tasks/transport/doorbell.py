@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from . import names
 
@@ -54,36 +54,29 @@ def pack(*parts: str | bytes | float) -> bytes:
 class Fetch:
     """The commands of one consumer, packed once for its lists; a fetch fills in the few numbers that change."""
 
-    def __init__(self, keys: Sequence[str], prefix: str, nudge: str, lists: Sequence[tuple[str, str, bool]], steps: int) -> None:
+    def __init__(
+        self, keys: Sequence[str], nudge: str, bells: Sequence[str], lists: Sequence[tuple[str, str, bool]], steps: int
+    ) -> None:
         """Pack.
 
         Args:
-            keys: unacked, unacked_index, leases, deliveries.
-            prefix: ``global_keyprefix``.
+            keys: of the script.
             nudge: the consumer's own bell.
+            bells: of the lists.
             lists: name, tail of the wrapping, leased; by priority.
             steps: number of priorities.
         """
         self.width = len(lists) // steps
-        self._steps = steps
-        self._bells = [bell(prefix, name) for name, _, _ in lists]
-        self._nudge = nudge
-        all_keys = [*keys, *(key for (name, _, _), each in zip(lists, self._bells, strict=True) for key in (prefix + name, each))]
-        self._keys = pack(len(all_keys), *all_keys)
+        self._bells, self._nudge = bells, nudge
+        self._keys = pack(len(keys), *keys)
         self._lists = pack(*(part for name, tail, leased in lists for part in (name, tail, int(leased))))
-        self._count = 3 + len(all_keys) + 9 + steps + 3 * len(lists)
+        self._fixed = 3 + len(keys) + 3 * len(lists)
 
     def wait(self, timeout_s: float, open_steps: Sequence[bool]) -> bytes:
         """Wait at the bells of the open priorities, and at our own."""
         bells = [each for k, each in enumerate(self._bells) if open_steps[k // self.width]]
         return b"*%d\r\n" % (3 + len(bells)) + pack("BLPOP", self._nudge, *bells, timeout_s)
 
-    def take(self, script: tuple[str, str], numbers: Sequence[str | float], rooms: Sequence[int]) -> bytes:
-        """Take; ``numbers`` are the script's first nine arguments but the seventh, which is the number of queues."""
-        return (
-            b"*%d\r\n" % self._count
-            + pack(*script)
-            + self._keys
-            + pack(*numbers[:6], self.width, *numbers[6:], *rooms)
-            + self._lists
-        )
+    def take(self, script: tuple[str, str], numbers: Sequence[Any]) -> bytes:
+        """Take; ``numbers`` are the arguments of the script up to those about each list."""
+        return b"*%d\r\n" % (self._fixed + len(numbers)) + pack(*script) + self._keys + pack(*numbers) + self._lists

@@ -1,7 +1,7 @@
 """The lease keeper: what this process holds, kept alive from a thread and a connection of its own.
 
-Channels come and go with connections; what a worker runs does not. So deliveries belong to the process: the keeper beats
-for them, acknowledges them, gives them back and buries them, whatever has become of the channel they came through.
+Channels come and go with connections; what a worker runs does not. So deliveries belong to the process: the keeper
+beats for them, acknowledges them, gives them back and buries them, whatever has become of their channel.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import uuid
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -96,8 +97,8 @@ class _Burial:
 class Keeper:
     """Owner of all deliveries this process holds from one Redis.
 
-    Every method may be called from any thread. None but `flush`, `lost` and `beat` waits for Redis, and what fails is kept
-    and tried again: an acknowledgement is never an exception in somebody's task.
+    Every method may be called from any thread. None but `flush`, `lost` and `beat` waits for Redis (and those that are
+    told to, ``now=True``). What fails is kept and tried again: an acknowledgement is never an exception in a task.
     """
 
     def __init__(self, pool: Callable[[], ConnectionPool], keys: Keys, terms: Terms) -> None:
@@ -186,7 +187,9 @@ class Keeper:
             self._acks.append(lease)
             self._settle(now=now)
 
-    def give_back(self, leases: Iterable[Lease], *, tail: bool = False, remember: bool = True, now: bool = False) -> None:
+    def give_back(
+        self, leases: Iterable[Lease], *, tail: bool = False, remember: bool = True, now: bool = False
+    ) -> None:
         """Put messages back where they came from, in the order given (the first is the next to be taken).
 
         Args:
@@ -252,15 +255,15 @@ class Keeper:
     def lost(self, lease: Lease) -> bool:
         """Whether somebody else may have the message by now.
 
-        Costs nothing while the lease is known to run. After a freeze it asks Redis; if that cannot be reached nobody else
-        can have got the message either, and the answer is no.
+        Costs nothing while the lease is known to run. After a freeze it asks Redis; if that cannot be reached nobody
+        else can have got the message either, and the answer is no.
         """
         if not lease.lost and lease.id in self._held and time.monotonic() > lease.deadline:
             self.beat()
         return lease.lost
 
     def beat(self) -> bool:
-        """Renew every lease, hear which are lost, reclaim what others have let expire; False if Redis did not answer."""
+        """Renew every lease, hear which are lost, reclaim what others let expire; False if Redis did not answer."""
         with self._beat_lock:
             self._bury_forgotten()
             leases = self._beating()
@@ -377,12 +380,16 @@ class Keeper:
                 ids = [each.lease.id for each in returns if (each.tail, each.remember) == (tail, remember)]
                 if not tail:
                     ids.reverse()
-                for k in range(0, len(ids), PER_CALL):
-                    commands.append(self._give_back_command(ids[k : k + PER_CALL], tail=tail, remember=remember))
+                commands.extend(
+                    self._give_back_command(ids[k : k + PER_CALL], tail=tail, remember=remember)
+                    for k in range(0, len(ids), PER_CALL)
+                )
         prefix = self.keys.prefix
         keys = [*self.keys.of_lists(), prefix + names.DEAD, prefix + names.DEAD_MESSAGES, prefix + names.DEAD_INFO]
         commands.extend(
-            BURY.call(keys, [other.lease.id, other.dead_id, other.info]) for other in others if isinstance(other, _Burial)
+            BURY.call(keys, [other.lease.id, other.dead_id, other.info])
+            for other in others
+            if isinstance(other, _Burial)
         )
         return commands
 
@@ -463,10 +470,8 @@ class Keeper:
         for channel in list(self._channels):
             if channel.starved:
                 channel.starved = False
-                try:
+                with suppress(RedisError, OSError):  # it looks by itself within a second
                     self._marks.send(self.nudge_command(channel))
-                except (RedisError, OSError):
-                    pass  # it looks by itself within a second
 
     def _ensure_thread(self) -> None:
         if self._thread is None:

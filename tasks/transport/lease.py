@@ -25,11 +25,23 @@ class Lease:
     """
 
     __slots__ = (
-        "_message", "_weak", "deadline", "deliveries", "id", "lost", "name", "qos", "queue", "sha", "since", "started", "step",
+        "_message", "_weak", "deadline", "deliveries", "id", "lost", "name", "qos", "queue", "sha", "since", "started",
+        "step",
     )  # fmt: skip
 
-    def __init__(self, id: str, name: str, queue: str, step: int, deliveries: int, sha: str, since: float, deadline: float) -> None:  # noqa: A002
-        self.id = id
+    def __init__(
+        self,
+        lease_id: str,
+        name: str,
+        queue: str,
+        *,
+        step: int,
+        deliveries: int,
+        sha: str,
+        since: float,
+        deadline: float,
+    ) -> None:
+        self.id = lease_id
         self.name = name
         self.queue = queue
         self.step = step
@@ -52,8 +64,8 @@ class Lease:
         """Remember who can settle this delivery.
 
         With ``forget``, the lease ends with its message: a message that nobody holds can never be acknowledged, and to
-        keep beating for it would keep it from everybody. ``forget`` may be called by the garbage collector in the middle
-        of anything, so it must do no more than append to a deque.
+        keep beating for it would keep it from everybody. ``forget`` may be called by the garbage collector in the
+        middle of anything, so it must do no more than append to a deque.
         """
         if forget is None:
             self._message = message

@@ -40,6 +40,24 @@ def read(raw: bytes, lease: Lease | None) -> Envelope:
     Raises:
         Malformed: with the reason.
     """
+    payload = _decode(raw)
+    properties = _mapping(payload, "properties", required=True)
+    headers = _mapping(payload, "headers")
+    _mapping(properties, "delivery_info")
+    if not isinstance(properties.get("delivery_tag"), str | int) or properties["delivery_tag"] == "":
+        raise Malformed("no delivery tag in its properties")
+    _check_encoding(payload)
+    envelope = Envelope(payload)
+    envelope.lease = lease
+    if lease is not None:
+        envelope["headers"] = headers | {DELIVERY_COUNT: max(0, lease.deliveries)}
+        if lease.deliveries >= 0:
+            envelope["headers"]["redelivered"] = True
+            properties["delivery_info"]["redelivered"] = True
+    return envelope
+
+
+def _decode(raw: bytes) -> dict[str, Any]:
     try:
         payload = loads(raw.decode("utf-8"))
     except UnicodeDecodeError as err:
@@ -50,11 +68,10 @@ def read(raw: bytes, lease: Lease | None) -> Envelope:
         raise Malformed(f"not JSON: {err}") from err
     if not isinstance(payload, dict):
         raise Malformed(f"a JSON {type(payload).__name__}, not an object")
-    properties = _mapping(payload, "properties", required=True)
-    headers = _mapping(payload, "headers")
-    _mapping(properties, "delivery_info")
-    if not isinstance(properties.get("delivery_tag"), str | int) or properties["delivery_tag"] == "":
-        raise Malformed("no delivery tag in its properties")
+    return payload
+
+
+def _check_encoding(payload: dict[str, Any]) -> None:
     for name in ("content-encoding", "content-type"):
         if not isinstance(payload.get(name), str | None):
             raise Malformed(f"{name} is not a string")
@@ -64,14 +81,6 @@ def read(raw: bytes, lease: Lease | None) -> Envelope:
             codecs.lookup(encoding)
         except LookupError as err:
             raise Malformed(f"unknown content-encoding {encoding!r}") from err
-    envelope = Envelope(payload)
-    envelope.lease = lease
-    if lease is not None:
-        envelope["headers"] = headers | {DELIVERY_COUNT: max(0, lease.deliveries)}
-        if lease.deliveries >= 0:
-            envelope["headers"]["redelivered"] = True
-            properties.setdefault("delivery_info", {})["redelivered"] = True
-    return envelope
 
 
 def _mapping(payload: dict[str, Any], name: str, *, required: bool = False) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class QoS(redis.QoS):  # type: ignore[misc]
 
     @property
     def used(self) -> int:
-        """Messages that take up credit: with the consumer, about to be delivered, or left over from a lost connection."""
+        """Messages that take up credit: with the consumer, about to be, or left over from a lost connection."""
         keeper = self.channel.keeper
         return len(self._leases) + len(self.channel.parked) + (keeper.orphans if keeper else 0)
 
@@ -91,9 +91,8 @@ class QoS(redis.QoS):  # type: ignore[misc]
     def restore_unacked_once(self, stderr: Any = None) -> None:
         """Nothing: a closing channel is no reason to run again what is being run (see `Channel.close`)."""
 
-
     def restore_visible(self, start: int = 0, num: int | None = 10, interval: int = 10) -> None:
-        """kombu's sweep of what stock workers left behind an hour ago; a Redis that refuses it ends no consumer."""
+        """Kombu's sweep of what stock workers left behind an hour ago; a Redis that refuses it ends no consumer."""
         try:
             super().restore_visible(start=start, num=num, interval=interval)
         except ResponseError as err:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 from redis import ConnectionPool
@@ -67,10 +68,8 @@ class Wire:
             pool, self._pool = self._pool, None
             for resource in (connection, pool):
                 if resource is not None:
-                    try:
+                    with suppress(RedisError, OSError):  # it is gone either way
                         resource.disconnect()
-                    except (RedisError, OSError):
-                        pass  # it is gone either way
 
     def _connected(self) -> Any:
         if self._connection is None:

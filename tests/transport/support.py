@@ -63,7 +63,17 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        options = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder), "--save", "", *self.options]
+        options = [
+            "--port",
+            str(self.port),
+            "--bind",
+            "127.0.0.1",
+            "--dir",
+            str(self.folder),
+            "--save",
+            "",
+            *self.options,
+        ]
         self.process = subprocess.Popen([self.executable, *options], stdout=subprocess.DEVNULL)
         self.client = redis.Redis(port=self.port, decode_responses=True)
         wait_for(self.answers, what="redis-server")
@@ -87,19 +97,52 @@ class Server:
 class Worker:
     """A Celery worker process on `jobs.app`."""
 
-    def __init__(self, server: Server, folder: Path, *, pool: str = "threads", concurrency: int = 4, transport: str | None = OURS,
-                 options: dict | None = None, conf: dict | None = None, queues: str = "", log: Server | None = None,
-                 aliases: bool = False, url: str = "", args: tuple[str, ...] = ()) -> None:  # fmt: skip
-        env = dict(os.environ, JOBS_URL=url or server.url, JOBS_OPTIONS=json.dumps(options or {}), JOBS_CONF=json.dumps(conf or {}))
+    def __init__(
+        self,
+        server: Server,
+        folder: Path,
+        *,
+        pool: str = "threads",
+        concurrency: int = 4,
+        transport: str | None = OURS,
+        options: dict | None = None,
+        conf: dict | None = None,
+        queues: str = "",
+        log: Server | None = None,
+        aliases: bool = False,
+        url: str = "",
+        args: tuple[str, ...] = (),
+    ) -> None:
+        env = dict(
+            os.environ,
+            JOBS_URL=url or server.url,
+            JOBS_OPTIONS=json.dumps(options or {}),
+            JOBS_CONF=json.dumps(conf or {}),
+        )
         env.update(JOBS_QUEUES=queues, JOBS_TRANSPORT=transport or "", JOBS_ALIASES="1" if aliases else "")
         env["JOBS_LOG_URL"] = (log or server).url
         env["PYTHONWARNINGS"] = "ignore"
         self.output = folder / f"worker-{time.monotonic_ns()}.log"
         self.name = f"w{time.monotonic_ns()}@here"
-        command = [sys.executable, "-m", "celery", "-A", "jobs", "worker", "-P", pool, "-c", str(concurrency), "-n", self.name]
+        command = [
+            sys.executable,
+            "-m",
+            "celery",
+            "-A",
+            "jobs",
+            "worker",
+            "-P",
+            pool,
+            "-c",
+            str(concurrency),
+            "-n",
+            self.name,
+        ]
         command += ["-l", "info", "--without-mingle", "--without-gossip", *args]
         with self.output.open("wb") as out:
-            self.process = subprocess.Popen(command, cwd=HERE, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, cwd=HERE, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
 
     def log(self) -> str:
         return self.output.read_text(errors="replace")
@@ -150,7 +193,11 @@ def started(server: Server) -> list[list]:
 def left(server: Server) -> dict[str, int]:
     """What the transport still has in Redis."""
     client = server.client
-    return {"unacked": client.hlen("unacked"), "index": client.zcard("unacked_index"), "leases": client.zcard("_nograd.leases")}
+    return {
+        "unacked": client.hlen("unacked"),
+        "index": client.zcard("unacked_index"),
+        "leases": client.zcard("_nograd.leases"),
+    }
 
 
 NOTHING_LEFT = {"unacked": 0, "index": 0, "leases": 0}

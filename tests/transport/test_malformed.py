@@ -6,7 +6,6 @@ import base64
 import json
 
 import pytest
-
 from nograd.tasks.transport import DeadLetters, bury
 
 from .support import NOTHING_LEFT, left, producer, ran, wait_for
@@ -19,7 +18,12 @@ def message(**changes):
         "content-encoding": "utf-8",
         "content-type": "application/json",
         "headers": {"task": "jobs.noop", "id": "x"},
-        "properties": {"delivery_tag": "t", "body_encoding": "base64", "delivery_info": {"exchange": "", "routing_key": "q"}, "priority": 0},
+        "properties": {
+            "delivery_tag": "t",
+            "body_encoding": "base64",
+            "delivery_info": {"exchange": "", "routing_key": "q"},
+            "priority": 0,
+        },
     }
     return json.dumps(good | changes).encode()
 

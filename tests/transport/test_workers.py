@@ -7,6 +7,8 @@ import random
 import signal
 import time
 from collections import Counter
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import redis
@@ -27,7 +29,11 @@ def kill_under_load(make_server, make_worker, *, transport, jobs, kills, seed):
     with app.producer_pool.acquire() as sender:
         for job in range(jobs):
             app.send_task("jobs.record", (job,), ignore_result=True, producer=sender)
-    options = {"lease_seconds": LEASE_S} if transport else {"visibility_timeout": LEASE_S, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
+    options = (
+        {"lease_seconds": LEASE_S}
+        if transport
+        else {"visibility_timeout": LEASE_S, "unacked_restore_interval": 1, "unacked_restore_throttle": 1}
+    )
     chance = random.Random(seed)
     conf = {"worker_prefetch_multiplier": 1}
     pending = [make_worker(server, transport=transport, options=options, concurrency=8, conf=conf) for _ in range(2)]
@@ -118,10 +124,8 @@ def test_cutting_every_connection_under_load_runs_each_job_once(server, make_ser
     for _ in range(3):
         time.sleep(0.4)
         for kind in ("normal", "pubsub"):
-            try:
+            with suppress(redis.ConnectionError):
                 server.client.execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
-            except redis.ConnectionError:
-                pass
     done(log, 8, 90)
     runs = Counter(job for job, *_ in started(log))
     assert {runs[job] for job in range(8)} == {1}, runs
@@ -160,7 +164,7 @@ def test_a_worker_waits_for_redis_without_spinning(server, make_server, make_wor
     server.kill()
 
     def cpu():
-        fields = open(f"/proc/{worker.process.pid}/stat").read().rsplit(")", 1)[1].split()
+        fields = Path(f"/proc/{worker.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / 100
 
     time.sleep(1)
@@ -217,7 +221,10 @@ def test_the_remote_shutdown_returns_what_was_not_started(server, make_worker):
 
 def test_redis_frozen_for_longer_than_the_lease(server, make_server, make_worker):
     log = make_server()
-    workers = [make_worker(server, log=log, concurrency=2, options={"lease_seconds": 3, "socket_timeout": 10}).ready() for _ in range(2)]
+    workers = [
+        make_worker(server, log=log, concurrency=2, options={"lease_seconds": 3, "socket_timeout": 10}).ready()
+        for _ in range(2)
+    ]
     app = producer(server)
     for job in range(2):
         app.send_task("jobs.long", (job, 12))
