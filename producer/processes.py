@@ -7,20 +7,17 @@ Three ways a parent ends, three answers: it returns (``with``), it exits or rais
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
-import sys
-import threading
 from typing import IO, TYPE_CHECKING, Any, Self
 
+from nograd.tasks.lifeline import end_with_parent
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-#: prctl(2): the signal a process gets when its parent dies
-_PR_SET_PDEATHSIG = 1
 #: seconds a child has to end by itself after SIGTERM
 STOP_TIMEOUT_S = 30.0
 
@@ -53,7 +50,7 @@ class Child:
                 stdout=out or 2,  # our stderr: stdout is for results alone
                 stderr=subprocess.STDOUT if out else None,
                 start_new_session=True,
-                preexec_fn=_end_with_parent(),  # noqa: PLW1509 - one system call, bound before the fork
+                preexec_fn=end_with_parent(),  # noqa: PLW1509 - one system call, bound before the fork
             )
         if stdin is not None and self._process.stdin is not None:
             with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:  # it ended; `running` says so
@@ -96,21 +93,6 @@ class Child:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-
-def _end_with_parent() -> Callable[[], Any] | None:
-    # The kernel means the *thread* that forked: from a thread that ends before the process, the child would be
-    # ended under a living parent. So only the main thread asks for it.
-    if not sys.platform.startswith("linux") or threading.current_thread() is not threading.main_thread():
-        return None
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
-
-    def end_with_parent() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before the call
-            os._exit(1)
-
-    return end_with_parent
 
 
 @contextlib.contextmanager

@@ -117,7 +117,7 @@ def configure_worker(app: Celery, settings: Settings, concurrency: int | None = 
 app = create_app(Settings.from_env())
 
 
-@celeryd_init.connect
+@celeryd_init.connect  # type: ignore[untyped-decorator]
 def _configure_own_worker(instance: Any = None, options: dict[str, Any] | None = None, **_: Any) -> None:
     # Celery logs and swallows an Exception of a signal handler; SystemExit is the way to refuse the start.
     if instance is None or instance.app is not app:

@@ -264,9 +264,10 @@ def _read_spec(path: Path, name: str, table: Any) -> AnySpec:
     if not isinstance(table, dict):
         raise ModelFileError(f"{path}: {name} = {table!r}: a model is a table, [{name}], with a `loader`")
     try:
-        return msgspec.convert(table, AnySpec)
+        spec: AnySpec = msgspec.convert(table, AnySpec)
     except msgspec.ValidationError as err:
         raise ModelFileError(f"{path}: [{name}] {_explain(table, str(err))}") from err
+    return spec
 
 
 def _explain(table: dict[str, Any], message: str) -> str:

@@ -43,7 +43,7 @@ class Outcome:
 traced_outcome: ContextVar[Outcome | None] = ContextVar("traced_outcome", default=None)
 
 
-@shared_task(name=PREDICT_TASK, bind=True, max_retries=MAX_RETRIES, acks_late=True)
+@shared_task(name=PREDICT_TASK, bind=True, max_retries=MAX_RETRIES, acks_late=True)  # type: ignore[untyped-decorator]
 def predict(self: Any, model: str, input: Any, params: dict[str, Any] | None = None, many: bool = False) -> Any:  # noqa: A002, ARG001
     """Predict ``input`` with ``model``.
 

@@ -26,8 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nograd.tasks.errors import ConfigError
-
-from .lifeline import die_with_parent
+from nograd.tasks.lifeline import end_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -82,13 +81,13 @@ class _Worker:
 
     def start(self) -> None:
         self.started = time.monotonic()
-        self.process = subprocess.Popen(self.command, env=self.env, preexec_fn=die_with_parent())  # noqa: S603, PLW1509
+        self.process = subprocess.Popen(self.command, env=self.env, preexec_fn=end_with_parent())  # noqa: S603, PLW1509
 
     def died(self, now: float) -> float:
         """Plan the restart; seconds until it."""
         self.process = None
         self.deaths = 1 if now - self.started > STEADY_S else self.deaths + 1
-        pause = min(RESTART_S * 2 ** (self.deaths - 1), RESTART_MAX_S)
+        pause: float = min(RESTART_S * 2 ** (self.deaths - 1), RESTART_MAX_S)
         self.restart_at = now + pause
         return pause
 
