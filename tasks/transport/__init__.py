@@ -141,9 +141,9 @@ def watch(healthy: Callable[[], bool]) -> None:
 
 def _held(messages: Iterable[Any]) -> Iterable[tuple[Keeper, Lease]]:
     for message in messages:
-        keeper, lease = getattr(message.channel, "keeper", None), getattr(message, "lease", None)
-        if isinstance(keeper, Keeper) and isinstance(lease, Lease):
-            yield keeper, lease
+        lease = getattr(message, "lease", None)
+        if isinstance(lease, Lease) and isinstance(lease.keeper, Keeper):
+            yield lease.keeper, lease
 
 
 def _all() -> list[Keeper]:

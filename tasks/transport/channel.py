@@ -34,6 +34,8 @@ logger = get_logger(__name__)
 
 #: seconds messages are delivered in a row before the event loop gets its turn (the solo pool runs them meanwhile)
 SLICE_S: Final = 0.02
+#: a fetch passes its messages to Redis as arguments of one command, which Lua bounds
+MOST_PER_FETCH: Final = 1000
 #: seconds a closing consumer waits for the answer that is on its way
 FINISH_S: Final = 3.0
 #: seconds before a Redis that refuses (READONLY, LOADING, …) is asked again
@@ -285,7 +287,8 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         credit = self.qos.can_consume_max_estimate()
         if getattr(self.qos, "patched", False) or (credit is None and self.connection.hub is None):
             return 1  # nobody knows how many more will be asked for
-        return int(self.fetch_limit if credit is None else min(credit, self.fetch_limit))
+        limit = min(self.fetch_limit, MOST_PER_FETCH)
+        return int(limit if credit is None else min(credit, limit))
 
     def _rooms(self, most: int) -> list[int]:
         rooms = []
@@ -397,24 +400,23 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         """
         self._later = False
         delivered, until = 0, time.monotonic() + SLICE_S
-        while self.parked and not self.closed:
-            if stopping():
-                self._return_parked()
-                break
-            lease, queue, raw = self.parked.popleft()
-            if lease is not None and lease.lost:
-                continue
-            if queue not in self._active_queues or not self.qos.can_consume():
-                self.parked.appendleft((lease, queue, raw))
-                self._return_parked()
-                break
-            self._deliver(lease, queue, raw)
-            delivered += 1
-            if delivered == most or (self.parked and time.monotonic() > until):
-                break
-        if self.parked and not self.closed and self.connection.hub is not None and not self._later:
-            self._later = True
-            self.connection.hub.call_later(0.001, self._deliver_later)
+        try:
+            while self.parked and not self.closed:
+                lease, queue, raw = self.parked.popleft()
+                if lease is not None and lease.lost:
+                    continue
+                if stopping() or queue not in self._active_queues or not self.qos.can_consume():
+                    self.parked.appendleft((lease, queue, raw))
+                    self._return_parked()
+                    break
+                delivered += 1
+                self._deliver(lease, queue, raw)
+                if delivered == most or time.monotonic() > until:
+                    break
+        finally:
+            if self.parked and not self.closed and self.connection.hub is not None and not self._later:
+                self._later = True
+                self.connection.hub.call_later(0.001, self._deliver_later)
         return delivered > 0
 
     def _deliver_later(self) -> None:

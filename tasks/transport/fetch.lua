@@ -26,7 +26,9 @@ local priorities = total / width
 
 local look = {}
 for i = 1, total do look[i] = KEYS[3 + 2 * i] end
-if redis.call('EXISTS', unpack(look)) == 0 then return {} end
+local any = 0
+for i = 1, total, 4000 do any = any + redis.call('EXISTS', unpack(look, i, math.min(i + 3999, total))) end
+if any == 0 then return {} end
 
 local reply, taken, bytes, full = {}, 0, 0, false
 local touched, known = {}, nil

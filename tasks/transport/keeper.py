@@ -7,6 +7,7 @@ beats for them, acknowledges them, gives them back and buries them, whatever has
 from __future__ import annotations
 
 import atexit
+import itertools
 import json
 import os
 import threading
@@ -124,7 +125,7 @@ class Keeper:
         self._sweep_after = 0.0
         self._stuck = False
         self._complained_at = -COMPLAIN_S
-        self._fetches = 0
+        self._fetches = itertools.count(1)
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._thread_lock = threading.Lock()
@@ -136,12 +137,12 @@ class Keeper:
 
     def next_prefix(self) -> str:
         """Prefix of the lease ids of one fetch; no two fetches share one."""
-        self._fetches += 1
-        return f"{self.holder}.{self._fetches}."
+        return f"{self.holder}.{next(self._fetches)}."
 
     def hold(self, leases: Iterable[Lease]) -> None:
         """Begin to beat for what a fetch has brought."""
         for lease in leases:
+            lease.keeper = self
             self._held[lease.id] = lease
             self._unstarted.setdefault(lease.step, set()).add(lease.id)
         self._ensure_thread()
@@ -506,11 +507,13 @@ class Keeper:
         if self._channels or self._held or self._acks or self._others:
             return False
         with self._thread_lock:
-            if self._channels or self._held or self._acks or self._others:
-                return False
-            self._thread = None
             self._wire.close()
             self._marks.close()
+            self._thread = None
+            # Whoever comes now starts another thread; whoever came while this one seemed to be there is seen here.
+            if self._channels or self._held or self._acks or self._others:
+                self._thread = threading.current_thread()
+                return False
             return True
 
 

@@ -20,13 +20,15 @@ class Lease:
         sha: SHA-1 of the message, if its deliveries are counted.
         since: when it was fetched, `time.monotonic`.
         deadline: until when Redis surely keeps it for us, `time.monotonic`.
+        keeper: who beats for it.
+        qos: the credit it takes up, while its channel is open.
         started: it no longer counts against the budget of its priority.
         lost: Redis says somebody else may have it by now.
     """
 
     __slots__ = (
-        "_message", "_weak", "deadline", "deliveries", "id", "lost", "name", "qos", "queue", "sha", "since", "started",
-        "step",
+        "_message", "_weak", "deadline", "deliveries", "id", "keeper", "lost", "name", "qos", "queue", "sha", "since",
+        "started", "step",
     )  # fmt: skip
 
     def __init__(
@@ -52,6 +54,7 @@ class Lease:
         self.started = False
         self.lost = False
         self.qos: Any = None
+        self.keeper: Any = None
         self._message: Any = None
         self._weak: weakref.ref[Any] | None = None
 

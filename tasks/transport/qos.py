@@ -55,7 +55,7 @@ class QoS(redis.QoS):  # type: ignore[misc]
         self._leases[delivery_tag] = lease
         if lease is not None:
             lease.qos = self
-            self.channel.keeper.bind(lease, message, weak=self.channel.serves_celery)
+            lease.keeper.bind(lease, message, weak=self.channel.serves_celery)
 
     def get(self, delivery_tag: str) -> Any:
         """The lease of a delivery."""
@@ -69,7 +69,7 @@ class QoS(redis.QoS):  # type: ignore[misc]
         """Done: the keeper tells Redis, at once if no event loop is there to be held up."""
         lease = self._leases.pop(delivery_tag, None)
         if lease is not None:
-            self.channel.keeper.ack(lease, now=not self.channel.buffers)
+            lease.keeper.ack(lease, now=not self.channel.buffers)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         """Behind what waits in its queue, or away, as kombu does."""
@@ -77,9 +77,9 @@ class QoS(redis.QoS):  # type: ignore[misc]
         if lease is None:
             return
         if requeue:
-            self.channel.keeper.give_back([lease], tail=True, now=not self.channel.buffers)
+            lease.keeper.give_back([lease], tail=True, now=not self.channel.buffers)
         else:
-            self.channel.keeper.ack(lease, now=not self.channel.buffers)
+            lease.keeper.ack(lease, now=not self.channel.buffers)
 
     def restore_unacked(self, client: Any = None) -> None:  # noqa: ARG002 - kombu's signature
         """Give everything back to the head of its queue, in order."""
