@@ -10,6 +10,7 @@ from uuid import uuid4
 import redis
 from celery import states
 from kombu.exceptions import BatchPublishError, OperationalError
+
 from nograd.tasks import registry
 from nograd.tasks.errors import BrokerUnavailable, JobError
 from nograd.tasks.keys import PREDICT_TASK, queue_name

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
+
 from nograd.tasks import Settings, app, create_app
 from nograd.tasks.errors import BrokerUnavailable, InvalidInput, NogradError, UnknownModel
 from nograd.tasks.modelfile import load_model_file
@@ -26,6 +27,7 @@ from .watcher import Watcher
 
 if TYPE_CHECKING:
     from celery import Celery
+
     from nograd.tasks.modelfile import InputKind
 
 #: seconds the models found in Redis are believed; a name that is not among them is always looked up again

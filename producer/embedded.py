@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import redis
+
 from nograd.tasks.errors import ConfigError
 
 from .processes import Child

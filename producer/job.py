@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from celery import states
+
 from nograd.tasks.errors import NogradError, ResultTimeout
 from nograd.tasks.keys import queue_name
 

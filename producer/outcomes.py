@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from celery import states
+
 from nograd.tasks import errors
 from nograd.tasks.errors import JobCancelled, JobError, NogradError
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+
 from nograd.tasks.errors import DeadlinePassed, JobError, ModelFailed, OutputMismatch
 from nograd.tasks.modelfile import ModelFile
 from nograd.tasks.predict import Outcome

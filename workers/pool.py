@@ -29,6 +29,7 @@ import msgspec
 from celery.concurrency.base import BasePool
 from celery.worker.state import revoked as revoked_tasks
 from kombu.serialization import loads, prepare_accept_content
+
 from nograd.tasks import registry
 from nograd.tasks.errors import ConfigError, InvalidInput, JobError, ModelFailed, NogradError, UnknownModel
 from nograd.tasks.keys import MODELS_RENEW_S, PREDICT_TASK, queue_name

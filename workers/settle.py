@@ -19,6 +19,7 @@ from typing import Any
 
 from billiard.einfo import ExceptionInfo
 from celery.exceptions import Ignore, Reject, Retry
+
 from nograd.tasks.errors import JobError
 from nograd.tasks.predict import Outcome, traced_outcome
 

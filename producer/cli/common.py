@@ -11,11 +11,12 @@ from typing import Any
 
 import click
 import msgspec
+from rich.console import Console
+
 from nograd.producer.client import Client
 from nograd.tasks import Settings
 from nograd.tasks.errors import ConfigError, JobCancelled, NogradError
 from nograd.tasks.settings import check_redis_url
-from rich.console import Console
 
 OK, FAILED, USAGE, CANCELLED = 0, 1, 2, 4
 

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
 from nograd.producer.client import Client
 from nograd.producer.demo import Answer, Examples, ask
 from nograd.producer.embedded import free_port, port_is_free
 from nograd.producer.fleet import FLOWER_PORT, Fleet
 from nograd.producer.processes import stopping_on_sigterm
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from .common import FAILED, OK, Run, command, show
 

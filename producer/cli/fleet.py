@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 import click
-from nograd.producer.fleet import FLOWER_PORT, Fleet, flower_command, require_flower, require_worker
-from nograd.producer.processes import stopping_on_sigterm
 from rich.console import Group
 from rich.table import Table
+
+from nograd.producer.fleet import FLOWER_PORT, Fleet, flower_command, require_flower, require_worker
+from nograd.producer.processes import stopping_on_sigterm
 
 from .common import FAILED, Run, command
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
 from nograd.producer.outcomes import error_to_dict
 from nograd.tasks.errors import InvalidInput, JobError, NogradError, ResultTimeout
 

@@ -8,12 +8,13 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("sklearn")
 
-import reference
-import seed_data
 import torch
 import torchvision
-from nograd.tasks.modelfile import load_model_file
 from PIL import Image
+
+import reference
+import seed_data
+from nograd.tasks.modelfile import load_model_file
 
 EXAMPLES = seed_data.EXAMPLES
 

@@ -4,11 +4,11 @@ import io
 import math
 
 import pytest
-from nograd.producer import Client
-from nograd.tasks.errors import InvalidInput, JobError, ResultTimeout, UnknownModel
 from PIL import Image
 
 import seed_data
+from nograd.producer import Client
+from nograd.tasks.errors import InvalidInput, JobError, ResultTimeout, UnknownModel
 
 INPUTS = seed_data.EXAMPLES / "inputs"
 DIGIT = seed_data.example_inputs()["digits"][0]

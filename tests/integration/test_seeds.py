@@ -4,10 +4,10 @@ import itertools
 import random
 
 import pytest
-from nograd.producer import Client
 
 import reference
 import seed_data
+from nograd.producer import Client
 
 EXAMPLES = seed_data.EXAMPLES
 FILES = {"photos", "digits"}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import redis as redis_py
+
 from nograd.producer import Client
 from nograd.producer.embedded import EmbeddedRedis
 from nograd.tasks import registry

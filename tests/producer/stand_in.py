@@ -7,6 +7,7 @@ import time
 
 from celery.signals import worker_ready
 from kombu import Queue
+
 from nograd.tasks import Settings, create_app, registry
 from nograd.tasks.errors import InvalidInput, ModelFailed
 from nograd.tasks.payloads import decode_input

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from nograd.producer import Client, cli
 from nograd.producer.cli.common import show
 

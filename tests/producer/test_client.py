@@ -5,6 +5,7 @@ import socket
 import time
 
 import pytest
+
 from nograd.producer import Client
 from nograd.producer.broker import Message, address_of, wire_size
 from nograd.tasks import BrokerUnavailable, ConfigError, InvalidInput, ModelFileError, UnknownModel

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import redis as redis_py
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
 from nograd.producer import embedded
 from nograd.producer.embedded import EmbeddedRedis, find_server
 from nograd.producer.processes import Child
 from nograd.tasks import ConfigError
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 
 def connect(server, **options):

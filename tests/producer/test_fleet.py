@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from nograd.producer import Client, cli, fleet
 from nograd.producer.demo import Examples, same_answer
 from nograd.producer.embedded import free_port

@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+
 from nograd.producer import Client, watcher
 from nograd.producer.embedded import EmbeddedRedis, find_server
 from nograd.producer.outcomes import Outcome, read_outcome

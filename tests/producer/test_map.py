@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+
 from nograd.producer.outcomes import Outcome
 from nograd.producer.packing import PACK_BYTES, pack
 from nograd.tasks import InvalidInput, JobError, ModelFailed, OutputMismatch, ResultTimeout

@@ -6,6 +6,7 @@ import time
 from concurrent.futures import wait
 
 import pytest
+
 from nograd.producer import watcher
 from nograd.producer.outcomes import PENDING, Outcome
 from nograd.producer.watcher import Watcher

@@ -2,6 +2,7 @@
 
 import pytest
 from celery.backends.base import Backend
+
 from nograd.tasks import create_app, errors
 from nograd.tasks.settings import Settings
 

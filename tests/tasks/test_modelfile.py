@@ -1,6 +1,7 @@
 """The model file is read strictly, and every complaint names key, value and file."""
 
 import pytest
+
 from nograd.tasks.errors import ModelFileError
 from nograd.tasks.modelfile import LightningSpec, TorchvisionSpec, load_model_file
 

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+from PIL import Image
+
 from nograd.tasks.errors import InvalidInput
 from nograd.tasks.payloads import decode_input, describe, encode_input, encode_inputs
-from PIL import Image
 
 
 def through_json(value, kind=None):

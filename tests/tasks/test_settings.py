@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from nograd.tasks.errors import ConfigError
 from nograd.tasks.settings import Settings, check_redis_url
 

@@ -5,6 +5,7 @@ from threading import Thread
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from nograd.workers.batching import Backlog, BatchQueue, Item, Limits
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from celery import Celery, chain, chord, group
 from celery.exceptions import TimeoutError as CeleryTimeout
-from nograd.tasks import create_app, errors, predict, registry
-from nograd.tasks.settings import Settings
 
 import fleet_of_tests
+from nograd.tasks import create_app, errors, predict, registry
+from nograd.tasks.settings import Settings
 
 TIMEOUT = 60
 

@@ -18,6 +18,7 @@ from nograd.tasks.payloads import decode_input
 
 if TYPE_CHECKING:
     import torch
+
     from nograd.tasks.modelfile import AnySpec
 
 

@@ -6,8 +6,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from nograd.tasks.modelfile import ExportSpec
 from torch.export.passes import move_to_device_pass
+
+from nograd.tasks.modelfile import ExportSpec
 
 from .inference import dtype_of
 from .tensor_model import TensorModel

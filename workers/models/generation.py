@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import msgspec
 import torch
 from msgspec import UNSET, Meta, UnsetType
+
 from nograd.tasks.errors import InvalidInput
 from nograd.tasks.modelfile import TransformersSpec
 

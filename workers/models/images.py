@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
-from nograd.tasks.errors import InvalidInput, ModelFailed
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from nograd.tasks.errors import InvalidInput, ModelFailed
 
 from .classes import import_object
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from nograd.tasks.errors import ModelFailed
 
 if TYPE_CHECKING:

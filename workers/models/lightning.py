@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+
 from nograd.tasks.errors import ModelFailed
 from nograd.tasks.modelfile import LightningSpec
 

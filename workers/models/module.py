@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nograd.tasks.modelfile import ModuleSpec
 from torch import nn
+
+from nograd.tasks.modelfile import ModuleSpec
 
 from .classes import build
 from .tensor_model import TensorModel

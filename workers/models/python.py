@@ -6,9 +6,10 @@ import inspect
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from nograd.tasks.errors import InvalidInput
 from nograd.tasks.modelfile import PythonSpec
-from torch import nn
 
 from .base import HostedModel
 from .classes import build

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from nograd.tasks.errors import InvalidInput
 from torch import nn
+
+from nograd.tasks.errors import InvalidInput
 
 from .base import HostedModel
 from .images import Transform, colour_mode, configured_transform, decode_image

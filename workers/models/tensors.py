@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from nograd.tasks.errors import InvalidInput, ModelFailed, OutputMismatch
 
 _NUMERIC = frozenset("biuf")  # NumPy's kinds: bool, int, unsigned, float

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torchvision
+
 from nograd.tasks.modelfile import TorchvisionSpec
 
 from .tensor_model import TensorModel

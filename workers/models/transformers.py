@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from nograd.tasks.errors import InvalidInput
-from nograd.tasks.modelfile import TransformersSpec
 from PIL import Image
 from transformers.pipelines import check_task, pipeline
 from transformers.pipelines.base import ChunkPipeline, PipelineException, pad_collate_fn
 from transformers.pipelines.pt_utils import PipelineIterator
+
+from nograd.tasks.errors import InvalidInput
+from nograd.tasks.modelfile import TransformersSpec
 
 from .base import HostedModel
 from .generation import TextGenerationModel

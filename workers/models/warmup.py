@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+
 from nograd.tasks.errors import ModelFileError, NogradError, OutputMismatch
 
 if TYPE_CHECKING:

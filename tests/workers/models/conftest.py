@@ -6,10 +6,11 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
+
 from nograd.tasks.modelfile import load_model_file
 from nograd.workers.models import open_model
 from nograd.workers.models.warmup import warm_up
-from PIL import Image
 
 CPU = torch.device("cpu")
 _names = (f"user_code_{n}" for n in itertools.count())

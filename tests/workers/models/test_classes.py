@@ -1,4 +1,5 @@
 import pytest
+
 from nograd.tasks.errors import ModelFileError
 
 TABLE = 'loader = "python"\nclass = "{}"\n'

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from nograd.workers.models.warmup import warm_up
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

@@ -1,8 +1,9 @@
 import pytest
 import torch
-from nograd.tasks.errors import InvalidInput, ModelFileError
 from torch import nn
 from torch.export import Dim
+
+from nograd.tasks.errors import InvalidInput, ModelFileError
 
 ANY = Dim("batch")
 

@@ -3,9 +3,10 @@ import threading
 
 import pytest
 import torch
-from nograd.tasks.errors import InvalidInput, ModelFileError
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, pipeline
+
+from nograd.tasks.errors import InvalidInput, ModelFileError
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog.",

@@ -3,10 +3,11 @@ import io
 
 import numpy as np
 import pytest
+from PIL import Image, ImageFile
+
 from nograd.tasks.errors import InvalidInput
 from nograd.workers.models import images
 from nograd.workers.models.images import FORMATS, decode_image
-from PIL import Image, ImageFile
 
 
 def save(image, form, **options):

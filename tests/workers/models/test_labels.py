@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from nograd.tasks.errors import ModelFailed
 from nograd.workers.models.labels import classify
 

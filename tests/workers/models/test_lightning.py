@@ -3,6 +3,7 @@ import sys
 import lightning.pytorch as pl
 import pytest
 import torch
+
 from nograd.tasks.errors import ModelFailed, ModelFileError
 
 CODE = """

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+
 from nograd.tasks.errors import InvalidInput, ModelFileError, OutputMismatch
 
 CODE = """
@@ -252,8 +253,9 @@ def test_an_image_model_needs_its_preprocessing_to_be_named(opened, module):
 
 
 def test_a_transform_table_does_what_torchvision_s_presets_do(hosted, module, picture):
-    from nograd.workers.models.images import decode_image
     from torchvision import transforms
+
+    from nograd.workers.models.images import decode_image
 
     table = "{ resize = 40, center_crop = 32, mean = [0.4, 0.5, 0.6], std = [0.2, 0.3, 0.4] }"
     model = hosted(module("Pixels", f'input = "image"\ntransform = {table}'))

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+
 from nograd.tasks.errors import InvalidInput, ModelFileError, OutputMismatch
 
 CODE = """

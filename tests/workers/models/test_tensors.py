@@ -6,9 +6,10 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from nograd.tasks.errors import InvalidInput, ModelFailed, OutputMismatch
 from nograd.workers.models.tensors import TensorReader, split, stack, to_json
-from PIL import Image
 
 NAN, INF = math.nan, math.inf
 

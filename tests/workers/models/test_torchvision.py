@@ -3,12 +3,13 @@ import json
 import pytest
 import torch
 import torchvision
+from torchvision.models import ResNet18_Weights
+
 from nograd.tasks.errors import InvalidInput, ModelFileError
 from nograd.tasks.modelfile import load_model_file
 from nograd.workers.models import open_model
 from nograd.workers.models.images import decode_image
 from nograd.workers.models.warmup import warm_up
-from torchvision.models import ResNet18_Weights
 
 
 @pytest.fixture(scope="module")

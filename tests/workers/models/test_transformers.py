@@ -3,11 +3,12 @@ import json
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import pipeline
+
 from nograd.tasks.errors import InvalidInput, ModelFileError
 from nograd.workers.models.images import decode_image
 from nograd.workers.models.pretrained import length_class
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import pipeline
 
 TEXTS = ["a fox", "the quick brown fox jumps over the lazy dog", "shall i compare thee to a summer's day"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

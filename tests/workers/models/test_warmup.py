@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from nograd.tasks.errors import InvalidInput, ModelFileError
 from nograd.tasks.modelfile import BatchLimits, PythonSpec
 from nograd.workers.models import HostedModel

@@ -1,8 +1,9 @@
 import pytest
 import torch
-from nograd.tasks.errors import ModelFileError
 from safetensors.torch import save_file
 from torch import nn
+
+from nograd.tasks.errors import ModelFileError
 
 CODE = "from torch import nn\nclass Net(nn.Linear): pass\nclass Other(nn.Module): pass\n"
 
