@@ -9,7 +9,6 @@ import uuid
 import pytest
 import torch
 from celery import Celery, chain, chord, group
-from celery.exceptions import TimeoutError as CeleryTimeout
 
 import fleet_of_tests
 from nograd.tasks import create_app, errors, predict, registry
@@ -250,7 +249,7 @@ def test_models_are_registered_for_clients_and_the_key_has_an_end(app, worker):
 
 
 def test_inspect_shows_the_pool_s_own_numbers(app, worker):
-    (stats,) = app.control.inspect(timeout=5).stats().values()
+    (stats,) = app.control.inspect(timeout=30, limit=1).stats().values()
     assert stats["pool"]["implementation"] == "nograd.workers.pool:TaskPool"
     assert stats["pool"]["models"]["picky"]["items"] > 0
     assert stats["pool"]["max-concurrency"] == 256
@@ -294,8 +293,6 @@ def test_a_warm_shutdown_finishes_what_is_on_the_device_and_gives_the_rest_back(
 
 
 def test_nothing_is_left_unacknowledged(app):
-    with pytest.raises(CeleryTimeout):
-        app.AsyncResult("no-such-job").get(timeout=0.2)
     deadline = time.monotonic() + 10
     while app.backend.client.hlen("unacked") and time.monotonic() < deadline:
         time.sleep(0.1)
