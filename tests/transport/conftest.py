@@ -9,6 +9,7 @@ from pathlib import Path
 
 import kombu
 import pytest
+
 from nograd.tasks.transport.keeper import keepers
 
 from .support import OURS, SERVERS, Server, Worker

@@ -10,6 +10,7 @@ from contextlib import suppress
 import kombu
 import pytest
 import redis
+
 from nograd.tasks import transport
 
 from .support import NOTHING_LEFT, left, wait_for

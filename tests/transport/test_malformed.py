@@ -6,6 +6,7 @@ import base64
 import json
 
 import pytest
+
 from nograd.tasks.transport import DeadLetters, bury
 
 from .support import NOTHING_LEFT, left, producer, ran, wait_for

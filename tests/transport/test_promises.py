@@ -11,6 +11,7 @@ from collections import Counter
 
 import kombu
 import pytest
+
 from nograd.tasks import transport
 from nograd.tasks.transport.checks import check_kombu
 
@@ -18,13 +19,12 @@ from .support import NOTHING_LEFT, OURS, SERVERS, free_port, left, producer, ran
 from .test_laws import Consumer, publish
 
 
-@pytest.mark.parametrize("pool", ["threads", "prefork", "solo"])
+@pytest.mark.parametrize("pool", ["threads", "prefork", pytest.param("solo", marks=pytest.mark.slow)])
 def test_every_pool_runs_tasks_and_answers_remote_control(server, make_worker, pool):
     worker = make_worker(server, pool=pool, concurrency=2, options={"global_keyprefix": "x:"}).ready()
     app = producer(server, global_keyprefix="x:")
     assert app.send_task("jobs.long", (3, 0)).get(timeout=30) == 3
     assert app.control.inspect(timeout=2).ping() == {worker.name: {"ok": "pong"}}
-    assert worker.name in app.control.inspect(timeout=2).stats()
     assert worker.stop() == 0
 
 
@@ -43,9 +43,10 @@ def test_stock_producers_and_workers_share_the_queue(server, make_worker):
     wait_for(lambda: left(server) == NOTHING_LEFT)
 
 
+@pytest.mark.slow
 def test_an_eta_longer_than_the_lease_runs_once(server, make_worker):
     workers = [make_worker(server, options={"lease_seconds": 2}).ready() for _ in range(2)]
-    producer(server).send_task("jobs.long", (1, 0), countdown=6)
+    producer(server).send_task("jobs.long", (1, 0), countdown=4.5)
     wait_for(lambda: ran(server) == [1])
     time.sleep(1)
     assert len(started(server)) == 1
@@ -81,18 +82,18 @@ def test_a_second_worker_gets_bulk_work_at_once_under_a_budget(server, make_work
 def test_interactive_overtakes_bulk_and_one_model_the_backlog_of_another(server, make_worker):
     app = producer(server)
     with app.producer_pool.acquire() as sender:
-        for job in range(3000):
+        for job in range(800):
             app.send_task("jobs.record", (job,), queue="a", priority=9, ignore_result=True, producer=sender)
             app.send_task("jobs.record", (job,), queue="a", ignore_result=True, producer=sender)
         for job in range(10):
             app.send_task("jobs.record", (10_000 + job,), queue="b", ignore_result=True, producer=sender)
             app.send_task("jobs.record", (20_000 + job,), queue="b", priority=6, ignore_result=True, producer=sender)
     make_worker(server, pool="solo", queues="a,b", conf={"worker_prefetch_multiplier": 8}).ready()
-    wait_for(lambda: len(ran(server)) == 6020, 90)
+    wait_for(lambda: len(ran(server)) == 1620, 90)
     order = ran(server)
     assert max(order.index(10_000 + job) for job in range(10)) < 200
-    assert max(order.index(20_000 + job) for job in range(10)) < 3000 + 10 + 10 + 20
-    assert order[-1] == 2999
+    assert max(order.index(20_000 + job) for job in range(10)) < 800 + 10 + 10 + 20
+    assert order[-1] == 799
 
 
 def test_redelivery_is_seen_by_the_task(server, make_worker):
@@ -255,9 +256,9 @@ def test_an_idle_worker_on_eight_queues_is_quiet(server, make_worker):
     make_worker(server, queues=",".join(f"q{n}" for n in range(8))).ready()
     time.sleep(2)
     server.client.config_resetstat()
-    time.sleep(6)
+    time.sleep(4)
     calls = sum(each["calls"] for name, each in server.client.info("commandstats").items() if "resetstat" not in name)
-    assert calls / 6 <= 5
+    assert calls / 4 <= 5
 
 
 def test_queue_lengths_are_what_flower_counts(server, connect):
