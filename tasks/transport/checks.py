@@ -83,7 +83,7 @@ def check_server(wire: Wire, *, allow_eviction: bool) -> None:
 def refused(err: AuthenticationError | NoPermissionError) -> TransportError:
     """What to say when Redis does not let us in."""
     return TransportError(
-        f"Redis refuses the connection: {err}. Check user name and password in the broker URL and its ACL"
+        f"Redis refuses the connection ({err}); check user name and password in the broker URL and its ACL"
     )
 
 

@@ -308,3 +308,25 @@ def test_sigint_is_a_warm_shutdown_too(server, make_worker):
     worker.process.wait(60)
     assert len(ran(server)) + server.client.llen("jobs") == 3
     assert json.dumps(left(server)) == json.dumps(NOTHING_LEFT)
+
+
+def test_children_forked_while_the_keeper_runs(server, make_worker):
+    worker = make_worker(server, pool="prefork", concurrency=2, conf={"worker_max_tasks_per_child": 1}).ready()
+    app = producer(server)
+    for job in range(12):
+        app.send_task("jobs.long", (job, 0.05), ignore_result=True)
+    wait_for(lambda: sorted(ran(server)) == list(range(12)), 90)
+    wait_for(lambda: left(server) == NOTHING_LEFT)
+    assert len(started(server)) == 12
+    assert worker.stop() == 0
+
+
+def test_a_channel_that_outlives_its_transport_can_still_be_acknowledged_through(server, connect):
+    publish(connect(server), count=2)
+    connection = connect(server)
+    consumer = Consumer(connection)
+    messages = consumer.drain(2)
+    connection.release()
+    for message in messages:
+        message.ack()
+    wait_for(lambda: left(server) == NOTHING_LEFT)
