@@ -13,9 +13,9 @@ from .errors import (
     NogradError,
     OutputMismatch,
     Overloaded,
-    PayloadMissing,
     ResultTimeout,
     UnknownModel,
+    WorkerDied,
 )
 from .predict import predict
 from .settings import Settings
@@ -32,10 +32,10 @@ __all__ = [
     "NogradError",
     "OutputMismatch",
     "Overloaded",
-    "PayloadMissing",
     "ResultTimeout",
     "Settings",
     "UnknownModel",
+    "WorkerDied",
     "app",
     "create_app",
     "predict",

@@ -13,9 +13,9 @@
         ├── ModelFailed        the model raised on this input
         ├── OutputMismatch     the model broke its contract (one output for each input)
         ├── DeadlinePassed     the job waited longer than it was allowed to
-        ├── PayloadMissing     the input's bytes are gone from Redis
         ├── JobCancelled       somebody revoked it
-        └── Overloaded         retried by the worker, with backoff
+        ├── WorkerDied         each worker that ran the job died over it; it is in the dead letters
+        └── Overloaded         out of memory even alone; retried by the worker, with backoff
 
 Celery rebuilds an exception from its class and ``args``, in a process that may hold another version of this module.
 So each error takes exactly one argument, its message, and what it means (``code``, ``retryable``) stands on the class.
@@ -102,20 +102,20 @@ class DeadlinePassed(JobError):  # noqa: N818 - a state, as the caller sees it
     code = "deadline_passed"
 
 
-class PayloadMissing(JobError):  # noqa: N818 - a state, as the caller sees it
-    """The bytes of the input were deleted or expired in Redis before the job ran."""
-
-    code = "payload_missing"
-
-
 class JobCancelled(JobError):  # noqa: N818 - a state, as the caller sees it
     """The job was revoked or had expired before it ran."""
 
     code = "cancelled"
 
 
+class WorkerDied(JobError):  # noqa: N818 - a state, as the caller sees it
+    """Every worker that had the job on its device, or in preparation, died. The job is in the dead letters."""
+
+    code = "worker_died"
+
+
 class Overloaded(JobError):  # noqa: N818 - a state, as the caller sees it
-    """Out of some resource for the moment; the worker retries the job with backoff."""
+    """The device was out of memory, also for this input alone; the worker retries the job with backoff."""
 
     code = "overloaded"
     retryable = True

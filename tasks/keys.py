@@ -14,8 +14,8 @@ PREDICT_TASK: Final = "nograd.predict"
 MODELS_KEY: Final = "nograd:models"
 #: seconds a model stays known after the last worker that served it renewed its card
 MODELS_TTL_S: Final = 7 * 24 * 3600
-#: seconds between two renewals by a worker
-MODELS_RENEW_S: Final = 3600
+#: seconds between two renewals by a worker: after a FLUSHALL its models are unknown for so long
+MODELS_RENEW_S: Final = 30
 
 #: seconds a result is kept if nobody says otherwise (``NOGRAD_RESULT_TTL_S``)
 RESULT_TTL_S: Final = 24 * 3600

@@ -1,11 +1,13 @@
 """The task ``nograd.predict``: what crosses the wire, in one place.
 
 ========== ====================================================================================
-args       ``[model, input]``
+args       ``[model, input]``; or ``[input]`` with ``model`` by name, which is what a chain
+           needs: Celery puts the result before it in front, as in
+           ``chain(predict.s("resnet18", photo), predict.s(model="captions"))``
 kwargs     ``params``: overrides the model's default parameters for this job;
            ``many``: true if ``input`` is a list of inputs, each its own item of the batch
 result     the prediction; with ``many`` a list, in order, of ``{"prediction": …}`` or
-           ``{"error": {"type", "code", "message"}}``
+           ``{"error": {"type", "code", "message"}}`` (no item is retried by itself)
 ========== ====================================================================================
 
 The batch pool (`nograd.workers.pool`) runs the forward first and Celery's own tracer afterwards: inside the tracer this
@@ -43,7 +45,7 @@ class Outcome:
 traced_outcome: ContextVar[Outcome | None] = ContextVar("traced_outcome", default=None)
 
 
-@shared_task(name=PREDICT_TASK, bind=True, max_retries=MAX_RETRIES, acks_late=True)  # type: ignore[untyped-decorator]
+@shared_task(name=PREDICT_TASK, bind=True, max_retries=MAX_RETRIES, acks_late=True, typing=False)  # type: ignore[untyped-decorator]
 def predict(self: Any, model: str, input: Any, params: dict[str, Any] | None = None, many: bool = False) -> Any:  # noqa: A002, ARG001
     """Predict ``input`` with ``model``.
 

@@ -129,15 +129,15 @@ class BatchQueue:
         with self._changed:
             return len(self._backlog)
 
-    def put(self, items: list[Item], timeout_s: float | None = None) -> bool:
-        """Add items that arrive now, each with ``timeout_s`` to its deadline; False if the queue is closed."""
+    def put(self, items: list[Item], deadline: float | None = None) -> bool:
+        """Add items that arrive now, with a deadline on the queue's clock; False if the queue is closed."""
         now = self._clock()
         with self._changed:
             if self._closed:
                 return False
             for item in items:
                 item.arrived = now
-                item.deadline = None if timeout_s is None else now + timeout_s
+                item.deadline = deadline
                 self._backlog.put(item)
             self._changed.notify()
         return True

@@ -16,11 +16,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from traceback import clear_frames
 from typing import Any, Protocol
 
 import torch
+from celery.worker.state import maybe_shutdown
 
-from nograd.tasks.errors import DeadlinePassed, JobError, ModelFailed, OutputMismatch
+from nograd.tasks.errors import DeadlinePassed, JobError, ModelFailed, OutputMismatch, Overloaded
 from nograd.tasks.modelfile import ModelFile
 from nograd.tasks.predict import Outcome
 
@@ -89,6 +91,7 @@ class Engine:
         file: ModelFile,
         names: Sequence[str],
         on_abandoned: Callable[[Any], None] = lambda _: None,
+        on_forward: Callable[[Sequence[Any]], None] = lambda _: None,
         device: torch.device | None = None,
     ) -> None:
         self.models: dict[str, HostedModel] = {name: open_model(file, name) for name in names}
@@ -96,6 +99,7 @@ class Engine:
         self.stats = {name: ModelStats() for name in self.models}
         self.device = device or default_device()
         self._on_abandoned = on_abandoned
+        self._on_forward = on_forward
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -107,15 +111,16 @@ class Engine:
         start = _Start()
         self._thread = threading.Thread(target=self._main, args=(start,), name="nograd-device", daemon=True)
         self._thread.start()
-        start.done.wait()
+        while not start.done.wait(0.2):
+            maybe_shutdown()  # models may take minutes; Celery's signal handlers only leave a mark
         if start.error is not None:
             raise start.error
 
-    def stop(self, timeout: float | None = None) -> None:
+    def finish(self) -> None:
         """Let the batch on the device finish, run no other. Items that wait are dropped, unresolved."""
         self.queue.close()
         if self._thread is not None:
-            self._thread.join(timeout)
+            self._thread.join()
 
     def _main(self, start: _Start) -> None:
         with torch.no_grad():
@@ -130,10 +135,11 @@ class Engine:
             while (batch := self.queue.take()) is not None:
                 try:
                     self.step(batch)
-                except BaseException:
-                    # Not a model's error (those are outcomes) but one of ours. The messages stay unacknowledged and are
-                    # delivered again; a thread that ended here would leave a worker that takes jobs and answers none.
+                except BaseException as err:
+                    # Not a model's error (those are outcomes) but one of ours. A thread that ended here would leave a
+                    # worker that takes jobs and answers none.
                     logger.critical("a batch of %s could not be handed over; this is a bug", batch.model, exc_info=True)
+                    _fail(batch, err)
 
     def _load(self, model: HostedModel) -> None:
         began = time.monotonic()
@@ -155,7 +161,8 @@ class Engine:
             return
         stats = self.stats[batch.model]
         began = time.monotonic()
-        outcomes = run_isolated(self.models[batch.model], items)
+        outcomes = run_isolated(self.models[batch.model], items, self._on_forward)
+        self._on_forward([])
         stats.device_s += time.monotonic() - began
         stats.batches += 1
         stats.items += len(items)
@@ -165,27 +172,51 @@ class Engine:
             item.job.resolve(item.index, outcome)
 
 
-def run_isolated(model: HostedModel, items: Sequence[Item]) -> list[Outcome]:
-    """One outcome for each item; a forward that raises is halved until the culprit stands alone."""
+def run_isolated(
+    model: HostedModel, items: Sequence[Item], on_forward: Callable[[Sequence[Any]], None] = lambda _: None
+) -> list[Outcome]:
+    """One outcome for each item; a forward that raises is halved until the culprit stands alone.
+
+    Args:
+        model: whose items these are.
+        items: of one group.
+        on_forward: called with the jobs of each forward before it runs.
+    """
+    on_forward([item.job for item in items])
     try:
         outputs = model.forward([item.prepared for item in items], items[0].job.params)
         if len(outputs) != len(items):
             raise OutputMismatch(f"model {model.name!r} returned {len(outputs)} outputs for {len(items)} inputs")
     except OutputMismatch as err:
-        return [Outcome(error=err)] * len(items)  # nobody knows whose output is whose, also not in a smaller batch
+        # Nobody knows whose output is whose, also not in a smaller batch. An error of its own for each: whoever raises
+        # one adds to its traceback.
+        return [Outcome(error=OutputMismatch(err.message)) for _ in items]
     except JobError as err:
         error: JobError = err
+    except torch.OutOfMemoryError as err:
+        error = Overloaded(f"out of memory on one input: {err}")
+        clear_frames(err.__traceback__)
     except BaseException as err:  # noqa: BLE001 - a model may raise SystemExit; its job must end all the same
         error = ModelFailed(f"{type(err).__name__}: {err}")
         error.__cause__ = err.with_traceback(None)  # frames hold tensors, and the retry below needs their memory
     else:
         return [Outcome(value=output) for output in outputs]
     # Outside the except blocks, so that the failed forward's tensors are freed before the halves run.
+    if isinstance(error, Overloaded) and torch.cuda.is_available():
+        torch.cuda.empty_cache()
     if len(items) == 1:
         logger.warning("model %s failed on one input: %s", model.name, error.message)
         return [Outcome(error=error)]
     middle = len(items) // 2
-    return run_isolated(model, items[:middle]) + run_isolated(model, items[middle:])
+    return run_isolated(model, items[:middle], on_forward) + run_isolated(model, items[middle:], on_forward)
+
+
+def _fail(batch: Batch, err: BaseException) -> None:
+    for item in batch.items:
+        try:
+            item.job.resolve(item.index, Outcome(error=JobError(f"{type(err).__name__}: {err}")))
+        except BaseException:
+            logger.critical("an item could not even fail", exc_info=True)
 
 
 def _limits(model: HostedModel) -> Limits:

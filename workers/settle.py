@@ -1,103 +1,139 @@
-"""Batch first, trace late: giving a message its end.
+"""Giving messages their end: many at once where Celery would do nothing but store a result, else one by one.
 
-Celery's own tracer runs after the forward, around a task body that returns the outcome already computed
-(`nograd.tasks.predict`). So results, acks, events, retries, link, chain, group, chord, signals and ``result_extended``
-are Celery's own doing. This path costs about a millisecond a message and is complete.
+::
 
-Law: whatever the tracer or Celery's callbacks raise, the message gets an end. In Celery's threads pool a task that
-raises ``MemoryError`` or ``SystemExit`` is never acknowledged and its slot is gone for ever.
+    resolved ──► finish ──► plain success? ──► one script for all of them, then each one's callback   (fast path)
+                                └── no ──────► Celery's tracer, with the outcome already computed     (complete path)
+
+Laws:
+
+* Both ways leave the same state in the backend and the same events.
+* A message is settled once, by whoever claims it; an abandoned one is not settled here (Celery has answered it).
+* Late, like batches: a thread that is free takes all that is resolved by then.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from billiard.einfo import ExceptionInfo
-from celery.exceptions import Ignore, Reject, Retry
+from celery.app import trace as celery_trace
+from celery.utils.saferepr import saferepr
+from kombu.exceptions import EncodeError
+from redis.exceptions import RedisError
 
-from nograd.tasks.errors import JobError
-from nograd.tasks.predict import Outcome, traced_outcome
+from nograd.tasks.errors import JobError, NogradError
+from nograd.tasks.predict import Outcome
+
+from .crew import Crew
+from .store import ResultStore
+from .trace import end_with_error, trace_outcome
+
+if TYPE_CHECKING:
+    from .message import Message
 
 logger = logging.getLogger(__name__)
 
-#: what Celery's tracer takes: (task name, id, request, body, content type, content encoding)
-TraceArgs = tuple[Any, ...]
+#: threads that settle; each waits for Redis most of its time
+THREADS = 3
+#: messages one thread takes at a time
+MOST_AT_ONCE = 256
 
 
-@dataclass(frozen=True, slots=True, weakref_slot=True)  # Celery keeps a weak reference to what a pool returns
-class Callbacks:
-    """Celery's side of one message, as ``BasePool.apply_async`` receives it."""
-
-    target: Callable[..., Any]
-    accepted: Callable[..., Any] | None
-    done: Callable[..., Any]
-    failed: Callable[..., Any] | None
-
-    def accept(self) -> None:
-        """Tell Celery that work on the message begins (``task-started``)."""
-        if self.accepted is not None:
-            self.accepted(os.getpid(), time.monotonic())
-
-    def terminate(self, signal: Any = None) -> None:
-        """Nothing: Celery has stored REVOKED; a thread that runs a task cannot be stopped."""
+@dataclass(frozen=True, slots=True)
+class _Success:
+    message: Message
+    value: Any
+    stored: tuple[str, str] | None
 
 
-def trace_outcome(celery: Callbacks, args: TraceArgs, outcome: Outcome, started: float) -> None:
-    """Run Celery's tracer around an outcome that is already there."""
-    token = traced_outcome.set(outcome)
-    try:
-        trace(celery, args, {}, started)
-    finally:
-        traced_outcome.reset(token)
-
-
-def trace(celery: Callbacks, args: TraceArgs, kwargs: dict[str, Any], started: float) -> None:
-    """Run Celery's tracer on this thread and end the message, whatever happens.
+class Settler:
+    """Owns the threads that end messages.
 
     Args:
-        celery: the message's callbacks.
-        args: of the tracer.
-        kwargs: of the tracer.
-        started: monotonic time at which work on the message began; the runtime in its events counts from there.
+        store: the fast path's store.
+        resultrepr_maxsize: characters of a result in its event.
     """
+
+    def __init__(self, store: ResultStore, resultrepr_maxsize: int) -> None:
+        self._store = store
+        self._maxsize = resultrepr_maxsize
+        self._crew: Crew[tuple[Message, Outcome | None]] = Crew("nograd-settle", THREADS, self._settle, MOST_AT_ONCE)
+        #: messages settled on each path, for ``inspect stats``
+        self.counts = {"fast": 0, "complete": 0}
+
+    def start(self) -> None:
+        """Start the threads."""
+        self._crew.start()
+
+    def submit(self, message: Message, outcome: Outcome | None = None) -> None:
+        """End a message with ``outcome``, or with those of its items if None. Never blocks."""
+        self._crew.submit((message, outcome))
+
+    def finish(self, timeout_s: float | None = None) -> bool:
+        """Settle what was submitted; False if that took longer than ``timeout_s`` seconds."""
+        return self._crew.finish(timeout_s)
+
+    def _settle(self, taken: list[tuple[Message, Outcome | None]]) -> None:
+        fast: list[_Success] = []
+        for message, given in taken:
+            if not message.claim():
+                continue
+            outcome = _outcome(message) if given is None else given
+            success = self._encode(message, outcome)
+            if success is None:
+                self._trace(message, outcome)
+            else:
+                fast.append(success)
+        if fast:
+            self._put(fast)
+
+    def _encode(self, message: Message, outcome: Outcome) -> _Success | None:
+        """What to store on the fast path; None if the message must go the complete way."""
+        if outcome.error is not None or not self._store.plain(message.request_dict, message.embed):
+            return None
+        args, kwargs, _ = message.body
+        try:
+            return _Success(
+                message, outcome.value, self._store.encode(message.request_dict, args, kwargs, outcome.value)
+            )
+        except (EncodeError, TypeError, ValueError, OverflowError, RecursionError):
+            return None  # the complete path knows how to say that a result cannot be stored
+
+    def _put(self, fast: list[_Success]) -> None:
+        try:
+            self._store.put([success.stored for success in fast if success.stored is not None])
+        except (RedisError, OSError) as err:
+            logger.warning("%d results could not be stored at once (%s); storing them one by one", len(fast), err)
+            for success in fast:
+                self._trace(success.message, Outcome(value=success.value))
+            return
+        for success in fast:
+            self._tell(success)
+
+    def _tell(self, success: _Success) -> None:
+        """What Celery does after a success is stored: log, acknowledge, tell Flower."""
+        message = success.message
+        runtime = time.monotonic() - message.started
+        represented = saferepr(success.value, self._maxsize)
+        try:
+            if celery_trace.logger.isEnabledFor(logging.INFO):
+                celery_trace.info(celery_trace.LOG_SUCCESS, message.log_context(represented, runtime))
+            message.celery.done((False, represented, runtime))
+            self.counts["fast"] += 1
+        except BaseException as err:  # noqa: BLE001 - the law of trace.py: whatever is raised, the message gets an end
+            end_with_error(message.celery, err)
+
+    def _trace(self, message: Message, outcome: Outcome) -> None:
+        self.counts["complete"] += 1
+        trace_outcome(message.celery, message.args, outcome, message.started)
+
+
+def _outcome(message: Message) -> Outcome:
     try:
-        failed, result, runtime = celery.target(*args, **kwargs)
-        if runtime is not None:  # the tracer saw only the last step of it
-            runtime = time.monotonic() - started
-        if failed:
-            result = _survivable(result)
-        celery.done((failed, result, runtime))
-    except BaseException as err:  # noqa: BLE001 - see the law above
-        _fail(celery, err)
-
-
-def _survivable(einfo: ExceptionInfo) -> ExceptionInfo:
-    """Celery re-raises these three instead of acknowledging; their outcome is stored already."""
-    cause = getattr(einfo.exception, "exc", einfo.exception)  # ExceptionWithTraceback wraps it
-    if isinstance(cause, MemoryError | SystemExit | KeyboardInterrupt):
-        einfo.exception = JobError(f"{type(cause).__name__}: {cause}")
-    return einfo
-
-
-def _fail(celery: Callbacks, err: BaseException) -> None:
-    """End a message whose trace raised: store a failure and acknowledge."""
-    if isinstance(err, Reject | Ignore | Retry):
-        cause: BaseException = err  # Celery's own words to a request; it knows what to do
-    else:
-        logger.error("a task ended with %s: %s; it is stored as failed", type(err).__name__, err, exc_info=err)
-        cause = JobError(f"{type(err).__name__}: {err}")
-    if celery.failed is None:
-        return
-    try:
-        raise cause
-    except BaseException:  # noqa: BLE001 - ExceptionInfo is made of the exception being handled
-        einfo = ExceptionInfo()
-    try:
-        celery.failed(einfo)
-    except BaseException:
-        logger.exception("a task's failure could not be stored; the broker will deliver it again")
+        return message.outcome()
+    except BaseException as err:
+        logger.exception("the outcome of a message could not be put together; it fails")
+        return Outcome(error=err if isinstance(err, NogradError) else JobError(f"{type(err).__name__}: {err}"))

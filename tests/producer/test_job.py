@@ -260,7 +260,7 @@ def test_a_retryable_outcome_is_not_the_end(client):
 
 
 def test_the_errors_a_worker_can_store_are_rebuilt(client):
-    for cls in (UnknownModel, InvalidInput, errors.PayloadMissing, errors.DeadlinePassed):
+    for cls in (UnknownModel, InvalidInput, errors.WorkerDied, errors.DeadlinePassed):
         client.app.backend.mark_as_failure("x", cls("why"))
         with pytest.raises(cls, match="why"):
             client.result("x", 0)

@@ -18,7 +18,7 @@ CODES = {
     "ModelFailed": "model_failed",
     "OutputMismatch": "output_mismatch",
     "DeadlinePassed": "deadline_passed",
-    "PayloadMissing": "payload_missing",
+    "WorkerDied": "worker_died",
     "JobCancelled": "cancelled",
     "Overloaded": "overloaded",
 }

@@ -126,5 +126,5 @@ def test_a_closed_queue_takes_nothing_and_gives_back_what_waited():
 def test_put_stamps_arrival_and_deadline():
     queue = BatchQueue({"m": Limits(max_wait_s=60)}, clock=lambda: 7.0)
     one = item()
-    queue.put([one], timeout_s=2)
+    queue.put([one], deadline=9.0)
     assert (one.arrived, one.deadline) == (7.0, 9.0)

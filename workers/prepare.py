@@ -1,0 +1,212 @@
+"""From a message to items the device can take, on CPU threads.
+
+Laws:
+
+* Celery's event loop only puts messages in; decoding and preprocessing happen here.
+* An input that cannot be prepared is resolved with its own error; the others of its message go on.
+* A message that cannot be read at all ends with an error that says what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+from kombu.serialization import loads, prepare_accept_content
+
+from nograd.tasks import transport
+from nograd.tasks.errors import DeadlinePassed, InvalidInput, JobError, NogradError, UnknownModel, WorkerDied
+from nograd.tasks.keys import PREDICT_TASK
+from nograd.tasks.payloads import decode_input
+from nograd.tasks.predict import Outcome
+
+from .batching import BatchQueue, Item
+from .crew import Crew
+from .message import UNREADABLE, Message
+from .models import HostedModel
+from .settle import Settler
+
+logger = logging.getLogger(__name__)
+
+#: workers that may die over a job before it is given up
+MOST_DEATHS = 3
+#: messages one thread takes at a time
+MOST_AT_ONCE = 8
+
+
+class Preparer:
+    """Owns the threads that prepare.
+
+    Args:
+        models: the loaded models, by name.
+        batches: where prepared items go.
+        settler: where messages go whose items all have their outcome.
+        accept: content types of bodies.
+        on_poison: called with a message over which too many workers have died, before it is settled.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, HostedModel],
+        batches: BatchQueue,
+        settler: Settler,
+        accept: list[str] | None,
+        on_poison: Callable[[Message, JobError], None],
+    ) -> None:
+        self._models = models
+        self._batches = batches
+        self._settler = settler
+        self._accept = prepare_accept_content(accept)
+        self._on_poison = on_poison
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._crew: Crew[Message] = Crew("nograd-prepare", cores, self._work, MOST_AT_ONCE)
+
+    def start(self) -> None:
+        """Start the threads."""
+        self._crew.start()
+
+    def submit(self, message: Message) -> None:
+        """Take a message from Celery's event loop. Never blocks."""
+        self._crew.submit(message)
+
+    def close(self) -> list[Message]:
+        """Prepare no more; the messages nobody has begun with, in order."""
+        return self._crew.close()
+
+    def finish(self, timeout_s: float | None = None) -> bool:
+        """Wait for what is being prepared; False if that took longer than ``timeout_s`` seconds."""
+        return self._crew.finish(timeout_s)
+
+    def _work(self, messages: list[Message]) -> None:
+        stage = threading.current_thread().name
+        for together in _cautiously(messages):
+            # A decoder may crash the process as well as a forward. In one write for all: it costs as much as a decode.
+            transport.suspect([message.delivery for message in together], stage)
+            for message in together:
+                try:
+                    self._prepare(message)
+                except BaseException as err:
+                    logger.exception("a message could not be prepared; it fails")
+                    error = err if isinstance(err, NogradError) else JobError(f"{type(err).__name__}: {err}")
+                    self._settler.submit(message, Outcome(error=error))
+        transport.suspect([], stage)
+
+    def _prepare(self, message: Message) -> None:
+        if not message.begin():
+            return
+        deaths = _deaths(message)
+        message.alone = deaths > 0
+        if deaths >= MOST_DEATHS:
+            error = WorkerDied(f"{deaths} workers died over this job; it is in the dead letters")
+            self._on_poison(message, error)
+            self._settler.submit(message, Outcome(error=error))
+            return
+        try:
+            inputs = self._read(message)
+        except NogradError as err:
+            self._settler.submit(message, Outcome(error=err))
+            return
+        if not inputs:
+            self._settler.submit(message, Outcome(value=[]))
+            return
+        message.expect(len(inputs), self._settler.submit)
+        model = message.model
+        assert model is not None
+        items = [item for index, wire in enumerate(inputs) if (item := _prepare_item(message, model, index, wire))]
+        if items:
+            self._batches.put(items, message.deadline)  # refused only at shutdown, when dropping them is right
+
+    def _read(self, message: Message) -> list[Any]:
+        """Decode the body; fill in the message's model and parameters; its inputs.
+
+        Raises:
+            InvalidInput: for a message that is not as `nograd.tasks.predict` says.
+            UnknownModel: if this worker has no such model.
+        """
+        _, _, _, body, content_type, encoding = message.raw
+        args, kwargs, embed = _decode(body, content_type, encoding, self._accept)
+        message.body = (*UNREADABLE[:2], embed)  # a chord or an errback hears of a bad call, too
+        call = _read_call(args, kwargs)
+        message.body = ((call.model, call.input), {"params": call.params, "many": call.many}, embed)
+        message.model = self._models.get(call.model)
+        if message.model is None:
+            raise UnknownModel(f"this worker has no model {call.model!r}; it serves {', '.join(sorted(self._models))}")
+        message.params = {**message.model.spec.params, **(call.params or {})}
+        message.many = call.many
+        if message.deadline is not None and time.monotonic() >= message.deadline:
+            raise DeadlinePassed("the job waited longer than its timeout_s")
+        return call.input if call.many else [call.input]
+
+
+def _cautiously(messages: list[Message]) -> list[list[Message]]:
+    """Messages over which a worker has died each by itself: the next death then tells the culprit from the others."""
+    innocent = [message for message in messages if not _deaths(message)]
+    alone = [[message] for message in messages if _deaths(message)]
+    return [innocent, *alone] if innocent else alone
+
+
+def _deaths(message: Message) -> int:
+    return transport.delivery_count(message.delivery) if message.delivery is not None else 0
+
+
+class _Call(msgspec.Struct, frozen=True):
+    """The arguments of ``nograd.predict``."""
+
+    model: str
+    input: Any
+    params: dict[str, Any] | None = None
+    many: bool = False
+
+    def __post_init__(self) -> None:
+        if self.many and not isinstance(self.input, list):
+            raise ValueError("with `many` the input is a list of inputs")
+
+
+def _decode(body: Any, content_type: Any, encoding: Any, accept: Any) -> tuple[Any, Any, Any]:
+    try:
+        args, kwargs, embed = loads(body, content_type, encoding, accept=accept) if content_type else body
+    except Exception as err:
+        raise InvalidInput(f"the message cannot be decoded: {err}") from err
+    if not isinstance(args, list | tuple) or not isinstance(kwargs, dict) or not isinstance(embed or {}, dict):
+        raise InvalidInput("the message's body is not [args, kwargs, embed]")
+    return args, kwargs, embed or {}
+
+
+def _read_call(args: Any, kwargs: Any) -> _Call:
+    # A chain puts the result before it in front: with the model by name, the first argument is the input.
+    fields = tuple(field for field in _Call.__struct_fields__ if field != "model" or "model" not in kwargs)
+    try:
+        if len(args) > len(fields):
+            raise ValueError(f"takes {', '.join(fields)}; {len(args)} arguments given")
+        given = dict(zip(fields, args, strict=False))
+        wrong = [key for key in kwargs if key not in _Call.__struct_fields__ or key in given]
+        if wrong:
+            raise ValueError(f"unknown or repeated argument {wrong[0]!r}")
+        return msgspec.convert(given | kwargs, _Call)
+    except (TypeError, ValueError) as err:  # msgspec's ValidationError is a ValueError
+        raise InvalidInput(f"{PREDICT_TASK}: {err}") from err
+
+
+def _prepare_item(message: Message, model: HostedModel, index: int, wire: Any) -> Item | None:
+    """Prepare one input, or resolve it with its own error."""
+    try:
+        prepared = model.prepare(decode_input(wire), message.params)
+        group = (model.bucket(prepared), _freeze(message.params), message.id if message.alone else None)
+        hash(group)
+        return Item(model.name, group, prepared, message, index)
+    except NogradError as err:
+        message.resolve(index, Outcome(error=err))
+    except BaseException as err:  # noqa: BLE001 - user code; its item fails
+        message.resolve(index, Outcome(error=InvalidInput(f"prepare raised {type(err).__name__}: {err}")))
+    return None
+
+
+def _freeze(params: Mapping[str, Any]) -> bytes:
+    """Parameters as something that can be compared: jobs batch together if theirs are equal."""
+    # In msgpack, since JSON writes NaN as null and bytes as text: jobs that differ must not share a batch.
+    return msgspec.msgpack.encode(params, order="deterministic") if params else b""
