@@ -28,7 +28,13 @@ def create_app(settings: Settings) -> Celery:
 
     It does not become the current app: a web server that imports nograd keeps its own.
     """
-    app = Celery("nograd", set_as_current=False, broker=settings.redis_url, backend=settings.redis_url)
+    app = Celery(
+        "nograd",
+        set_as_current=False,
+        broker=settings.redis_url,
+        backend=settings.redis_url,
+        amqp="nograd.tasks.transport:AMQP",  # the transport that loses no job
+    )
     # The environment of a host program often names its own Celery's Redis: CELERY_BROKER_URL and CELERY_RESULT_BACKEND
     # come before what an app was made with, but not before these three.
     app.backend_cls = settings.redis_url
@@ -74,8 +80,6 @@ def create_app(settings: Settings) -> Celery:
         # A publish that fails says so within seconds instead of holding a web request.
         task_publish_retry_policy={"max_retries": 3, "interval_start": 0, "interval_step": 0.2, "interval_max": 1},
         broker_transport_options={
-            # 0 is the highest priority on Redis; "priority" drains it first, the default alternates.
-            "queue_order_strategy": "priority",
             "socket_connect_timeout": 3,
             "socket_timeout": 30,  # longer than a blocking pop; without one a silent Redis holds a publisher for ever
             "socket_keepalive": True,

@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 from nograd.tasks.errors import ConfigError
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 EXIT_CONFIG = 2
 #: seconds before a dead worker is started again; doubles up to the second while it lives shorter than the third
 RESTART_S, RESTART_MAX_S, STEADY_S = 1.0, 30.0, 60.0
+#: seconds nvidia-smi may take; it hangs when the driver does
+NVIDIA_SMI_TIMEOUT_S = 60.0
 
 
 def visible_gpus(gpus: str, env: Mapping[str, str] | None = None) -> list[str]:
@@ -50,20 +53,31 @@ def visible_gpus(gpus: str, env: Mapping[str, str] | None = None) -> list[str]:
         return [""]
     if gpus == "all":
         limited = (os.environ if env is None else env).get("CUDA_VISIBLE_DEVICES")
-        return ([name for name in limited.split(",") if name] if limited is not None else _installed_gpus()) or [""]
+        return (_installed_gpus() if limited is None else _listed(limited)) or [""]
     names = [name.strip() for name in gpus.split(",")]
     if not all(name.isdigit() or name.startswith(("GPU-", "MIG-")) for name in names) or len(set(names)) < len(names):
         raise ConfigError(f"--gpus = {gpus!r}: expected all, none, or different indices or UUIDs like 0,2")
     return names
 
 
+def _listed(limited: str) -> list[str]:
+    names = (name.strip() for name in limited.split(","))
+    # As CUDA reads it: a -1 hides itself and what follows.
+    return [name for name in takewhile(lambda name: name != "-1", names) if name]
+
+
 def _installed_gpus() -> list[str]:
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return []
-    listing = subprocess.run(  # noqa: S603 - a fixed command
-        [smi, "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=False, timeout=60
-    )
+    command = [smi, "--query-gpu=index", "--format=csv,noheader"]
+    try:
+        listing = subprocess.run(  # noqa: S603 - a fixed command
+            command, capture_output=True, text=True, check=False, timeout=NVIDIA_SMI_TIMEOUT_S
+        )
+    except (OSError, subprocess.TimeoutExpired) as err:
+        logger.warning("no GPU is used: %s", err)
+        return []
     return listing.stdout.split() if listing.returncode == 0 else []
 
 
@@ -87,7 +101,8 @@ class _Worker:
         """Plan the restart; seconds until it."""
         self.process = None
         self.deaths = 1 if now - self.started > STEADY_S else self.deaths + 1
-        pause: float = min(RESTART_S * 2 ** (self.deaths - 1), RESTART_MAX_S)
+        # The exponent is bounded as well: a worker that never gets up dies more often than a float can double.
+        pause: float = min(RESTART_S * 2 ** min(self.deaths - 1, 16), RESTART_MAX_S)
         self.restart_at = now + pause
         return pause
 
@@ -145,7 +160,9 @@ def _stop(workers: list[_Worker]) -> None:
 
 
 def _worker(gpu: str, models: Path, concurrency: int | None, celery_args: Sequence[str]) -> _Worker:
-    command = [sys.executable, "-m", "celery", "-A", "nograd.tasks", "worker", "--without-gossip"]
+    # Mingle would wait a second for other workers at every start and reconnect, to learn which jobs were revoked before
+    # this one came up; a revoke is a request to those that are up.
+    command = [sys.executable, "-m", "celery", "-A", "nograd.tasks", "worker", "--without-gossip", "--without-mingle"]
     if not any(arg.startswith(("-l", "--loglevel")) for arg in celery_args):
         command += ["--loglevel", "INFO"]
     if not any(arg.startswith(("-n", "--hostname")) for arg in celery_args):

@@ -3,7 +3,8 @@
 Laws:
 
 * A message is *plain* if its success has no consequence but its result: no link, chain or chord, no receiver of
-  Celery's task signals, a JSON result in Celery's Redis backend. Any other goes the complete way (`nograd.workers.trace`).
+  Celery's task signals, a JSON result in Celery's Redis backend. Any other goes the complete way
+  (`nograd.workers.trace`).
 * What is stored is what Celery's backend would have stored, made by the backend itself.
 * The first terminal state wins (`store.lua`).
 """

@@ -2,10 +2,10 @@
 
 Any Celery app adopts it with one line::
 
-    app.conf.broker_transport = "nograd.tasks.transport:Transport"
+    app = Celery("app", broker="redis://…", amqp="nograd.tasks.transport:AMQP")
 
-or, so that Flower and everything else that goes by the scheme of the URL keep seeing ``redis://``, by calling
-`register_aliases` before the app connects.
+or with the setting ``broker_transport = "nograd.tasks.transport:Transport"`` (see `connection` for what a setting
+cannot do), or for all apps of a process by calling `register_aliases` before they connect.
 
 What a pool may ask of it; each function takes kombu messages (a Celery request has one as ``request.message``) and
 does nothing for a message of another transport:
@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from .channel import Channel, SentinelChannel
+from .connection import AMQP, Connection
 from .dead import DeadLetters
 from .errors import TransportError
 from .keeper import Keeper, keepers
@@ -34,8 +35,10 @@ from .message import DELIVERY_COUNT
 from .transport import SentinelTransport, Transport
 
 __all__ = [
+    "AMQP",
     "DELIVERY_COUNT",
     "Channel",
+    "Connection",
     "DeadLetters",
     "SentinelChannel",
     "SentinelTransport",

@@ -11,8 +11,10 @@ from collections import Counter
 
 import kombu
 import pytest
+from celery import Celery
 
 from nograd.tasks import transport
+from nograd.tasks.transport import SentinelTransport, Transport
 from nograd.tasks.transport.checks import check_kombu
 
 from .support import NOTHING_LEFT, OURS, SERVERS, free_port, left, producer, ran, started, wait_for
@@ -330,3 +332,22 @@ def test_a_channel_that_outlives_its_transport_can_still_be_acknowledged_through
     for message in messages:
         message.ack()
     wait_for(lambda: left(server) == NOTHING_LEFT)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown", "ssl", "transport"),
+    [
+        ("redis://:pw@h:1/2", "redis://:**@h:1/2", False, Transport),
+        ("rediss://h:1/0", "rediss://:**@h:1/0", True, Transport),
+        ("redis+socket:///tmp/x.sock", "redis+socket:///tmp/x.sock", False, Transport),
+        ("sentinel://a:1/0", "sentinel://:**@a:1/0", False, SentinelTransport),
+        ("memory://", "memory://:**@localhost//", False, None),
+    ],
+)
+def test_an_app_s_connection_keeps_what_its_url_says(url, shown, ssl, transport):
+    app = Celery("app", broker=url, amqp="nograd.tasks.transport:AMQP", set_as_current=False)
+    connection = app.connection_for_write()
+    assert connection.as_uri() == shown
+    assert bool(connection.ssl) is ssl
+    assert transport is None or connection.get_transport_cls() is transport
+    assert type(connection.clone()) is type(connection)

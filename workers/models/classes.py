@@ -26,8 +26,8 @@ def import_object(model: HostedModel, key: str, target: str) -> Any:
     _put_on_path(model.file.parent, Path.cwd())
     try:
         module = import_module(module_name)
-    except Exception as err:
-        # Whatever the user's module raises while it is imported
+    except (Exception, SystemExit) as err:
+        # Whatever the user's module raises while it is imported; a sys.exit() in it would end the worker without a word
         raise model.error(key, target, f"cannot import {module_name}: {type(err).__name__}: {err}") from err
     try:
         return attrgetter(name)(module)
@@ -44,7 +44,7 @@ def build(model: HostedModel, target: str, init: Mapping[str, Any]) -> Any:
     cls = import_class(model, target)
     try:
         return cls(**init)
-    except Exception as err:
+    except (Exception, SystemExit) as err:
         raise model.error("init", dict(init), f"{target} raised {type(err).__name__}: {err}") from err
 
 

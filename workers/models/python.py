@@ -54,7 +54,7 @@ class PythonModel(HostedModel):
             raise self.error("params", self.spec.params, f"no method of {self.spec.class_} has a parameter `params`")
         try:
             self._methods["load"](device)
-        except Exception as err:
+        except (Exception, SystemExit) as err:
             raise self.error("class", self.spec.class_, f"load() raised {type(err).__name__}: {err}") from err
         for part in vars(instance).values() if hasattr(instance, "__dict__") else ():
             if isinstance(part, nn.Module):
