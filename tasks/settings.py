@@ -6,14 +6,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from .errors import ConfigError
 from .keys import RESULT_TTL_S
 
 DEFAULT_REDIS_URL = "redis://localhost:6379/0"
 
-_SCHEMES = ("redis", "rediss", "redis+socket", "sentinel")
+_SCHEMES = ("redis", "rediss", "redis+socket")
+#: what Celery takes as ``ssl_cert_reqs``; without one its result backend refuses a ``rediss://`` URL
+_CERT_REQS = ("required", "optional", "none", "CERT_REQUIRED", "CERT_OPTIONAL", "CERT_NONE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +54,39 @@ def check_redis_url(url: str, name: str = "Redis URL") -> str:
     Raises:
         ConfigError: naming the setting and what is wrong. The password is never repeated.
     """
-    scheme = urlsplit(url.split(";", 1)[0]).scheme
-    if scheme not in _SCHEMES:
-        raise ConfigError(
-            f"{name}: {scheme or 'no'} scheme in {url.rsplit('@', maxsplit=1)[-1]!r}; expected one of {', '.join(_SCHEMES)}://"
-        )
+    problem = _url_problem(url)
+    if problem is not None:
+        # What stands behind the last @ holds no password; without one, a part of it may be a password out of place.
+        shown = f" in {url.rsplit('@', maxsplit=1)[-1].split('?', maxsplit=1)[0]!r}" if "@" in url else ""
+        raise ConfigError(f"{name}: {problem}{shown}")
     return url
+
+
+def _url_problem(url: str) -> str | None:  # noqa: PLR0911 - one line for each problem
+    """Why Celery cannot use a URL, without repeating any of it but the scheme; None if it can."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "not a URL"
+    if parts.scheme not in _SCHEMES:
+        return f"{parts.scheme or 'no'} scheme; expected {', '.join(f'{scheme}://' for scheme in _SCHEMES)}"
+    query = parse_qs(parts.query)
+    if parts.scheme == "redis+socket":
+        if not parts.path.strip("/"):
+            return "no path of a socket"
+        return _database_problem(query.get("virtual_host", ["0"])[-1])
+    try:
+        if parts.port == 0:
+            raise ValueError
+    except ValueError:
+        return "the port is not a number from 1 to 65535"
+    if parts.scheme == "rediss" and query.get("ssl_cert_reqs", [""])[-1] not in _CERT_REQS:
+        return "a rediss:// URL must end in ?ssl_cert_reqs=required (or optional, or none)"
+    return _database_problem(parts.path.strip("/") or "0")
+
+
+def _database_problem(database: str) -> str | None:
+    return None if database.isascii() and database.isdigit() else "the database is not a number"
 
 
 def _positive_int(env: Mapping[str, str], name: str, default: int) -> int:
