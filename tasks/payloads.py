@@ -35,6 +35,9 @@ _DTYPES = frozenset(
     for bits in widths
 ) | {"bool"}
 
+#: lists and objects inside each other at most; JSON encoders and decoders, also those of workers, recurse
+MAX_DEPTH = 100
+
 #: A dict with exactly these keys makes kombu's JSON decoder drop the whole message, and its result waits for ever.
 _KOMBU_MARKER = {"__type__", "__value__"}
 
@@ -53,9 +56,10 @@ def encode_input(value: Any, kind: InputKind | None) -> Any:
         return _encode_bytes(_read_file(Path(value)))
     if isinstance(value, bytes | bytearray | memoryview):
         return _encode_bytes(bytes(value))
-    if hasattr(value, "detach") and hasattr(value, "numpy"):  # a torch tensor, on any device, attached or not
-        value = value.detach().cpu().numpy()
-    if hasattr(value, "dtype") and hasattr(value, "tobytes") and hasattr(value, "shape"):
+    if hasattr(value, "detach") and hasattr(value, "numpy"):
+        value = _array_of_tensor(value)
+    # A NumPy scalar has all this, too, but no length; it is a plain number.
+    if all(hasattr(value, name) for name in ("dtype", "tobytes", "shape", "__len__")) and not isinstance(value, str):
         return _encode_array(value)
     if hasattr(value, "save") and hasattr(value, "getbands"):  # a Pillow image
         file = io.BytesIO()
@@ -113,7 +117,7 @@ def _describe_input(value: Any) -> str:  # noqa: PLR0911 - one line for each kin
     if isinstance(value, str):
         return f"{len(value)} characters"
     if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"{'x'.join(map(str, tuple(value.shape)))} {str(value.dtype).removeprefix('torch.')}"
+        return f"{'x'.join(map(str, tuple(value.shape)))} {str(value.dtype).removeprefix('torch.')}".lstrip()
     if isinstance(value, list | tuple):
         return f"{len(value)} values"
     return type(value).__name__
@@ -132,6 +136,19 @@ def _read_file(path: Path) -> bytes:
 
 def _encode_bytes(data: bytes) -> dict[str, str]:
     return {"base64": base64.b64encode(data).decode("ascii")}
+
+
+def _array_of_tensor(tensor: Any) -> Any:
+    """The NumPy array of a torch tensor on any device, attached or not, dense or sparse."""
+    try:
+        tensor = tensor.detach()
+        if str(tensor.layout) != "torch.strided":
+            tensor = tensor.to_dense()
+        if str(tensor.dtype) == "torch.bfloat16":  # NumPy has none; float32 holds every value of it
+            tensor = tensor.float()
+        return tensor.cpu().numpy()
+    except (TypeError, RuntimeError) as err:  # a dtype NumPy lacks, a tensor without data, one too large when dense
+        raise InvalidInput(f"a tensor of dtype {tensor.dtype} cannot be sent: {err}") from err
 
 
 def _encode_array(array: Any) -> dict[str, Any]:
@@ -157,24 +174,35 @@ def _decode_array(data: bytes, dtype: Any, shape: Any) -> np.ndarray[Any, Any]:
     return np.frombuffer(data, dtype=np.dtype(dtype).newbyteorder("<")).reshape(shape)
 
 
-def _check_json(value: Any, where: str) -> Any:
-    """Return ``value`` if JSON can hold it and kombu will deliver it; arrays and bytes inside lists are encoded."""
-    if value is None or isinstance(value, str | bool | int | float):
+def _check_json(value: Any, where: str, depth: int = 0) -> Any:
+    """Return ``value`` if JSON can hold it and kombu will deliver it, NumPy's scalars as plain ones."""
+    if type(value) in _SCALARS:
         return value
+    if hasattr(value, "item") and getattr(value, "shape", None) == ():
+        value = value.item()
+    if isinstance(value, str | bool | int | float):
+        return value
+    if depth >= MAX_DEPTH and isinstance(value, list | tuple | dict):
+        raise InvalidInput(f"the input is nested more than {MAX_DEPTH} deep")
+    depth += 1
     if isinstance(value, list | tuple):
-        return [_check_json(item, f"{where}[{i}]") for i, item in enumerate(value)] if _mixed(value) else list(value)
+        if not _mixed(value):
+            return list(value)
+        return [_check_json(item, f"{where}[{i}]", depth) for i, item in enumerate(value)]
     if isinstance(value, dict):
-        if set(value) == _KOMBU_MARKER:
-            raise InvalidInput(
-                f"{where}: a dict with exactly the keys '__type__' and '__value__' cannot be sent: the broker drops it"
-            )
-        for key in value:
-            if not isinstance(key, str):
-                raise InvalidInput(f"{where}: the key {key!r} is not a string")
-        return {key: _check_json(item, f"{where}.{key}") for key, item in value.items()}
-    if hasattr(value, "item") and getattr(value, "shape", None) == ():  # a NumPy scalar
-        return value.item()
+        _check_keys(value, where)
+        return {key: _check_json(item, f"{where}.{key}", depth) for key, item in value.items()}
     raise InvalidInput(f"{where}: a {type(value).__module__}.{type(value).__qualname__} cannot be sent as JSON")
+
+
+def _check_keys(value: dict[Any, Any], where: str) -> None:
+    if set(value) == _KOMBU_MARKER:
+        raise InvalidInput(
+            f"{where}: a dict with exactly the keys '__type__' and '__value__' cannot be sent: the broker drops it"
+        )
+    for key in value:
+        if not isinstance(key, str):
+            raise InvalidInput(f"{where}: the key {key!r} is not a string")
 
 
 _SCALARS = frozenset({int, float, str, bool, type(None)})

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as npst
 from PIL import Image
 
 from nograd.tasks.errors import InvalidInput
-from nograd.tasks.payloads import decode_input, describe, encode_input, encode_inputs
+from nograd.tasks.payloads import MAX_DEPTH, decode_input, describe, encode_input, encode_inputs
 
 
 def through_json(value, kind=None):
@@ -39,6 +39,79 @@ def test_arrays_of_any_memory_layout_come_back_equal():
 def test_tensors_are_arrays_also_when_they_require_grad():
     tensor = torch.arange(6.0).reshape(2, 3).requires_grad_()
     np.testing.assert_array_equal(through_json(tensor), tensor.detach().numpy())
+
+
+@pytest.mark.parametrize(
+    ("tensor", "dense"),
+    [
+        (torch.tensor([1.5, -3e38, 1e-40], dtype=torch.bfloat16), None),
+        (torch.tensor(2.5, dtype=torch.bfloat16), None),
+        (torch.eye(3).to_sparse(), torch.eye(3)),
+        (torch.eye(3).to_sparse_csr(), torch.eye(3)),
+        (torch.eye(3, dtype=torch.bfloat16).to_sparse().requires_grad_(), torch.eye(3)),
+    ],
+)
+def test_tensors_numpy_does_not_know_lose_nothing(tensor, dense):
+    back = through_json(tensor)
+    assert back.dtype == "float32"
+    np.testing.assert_array_equal(back, (tensor.detach().float() if dense is None else dense).numpy())
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.ones(2, device="meta"), torch.ones(2).to(torch.float8_e4m3fn), torch.ones(2, dtype=torch.cfloat)]
+)
+def test_a_tensor_that_has_no_array_is_refused(tensor):
+    with pytest.raises(InvalidInput, match="cannot be sent"):
+        encode_input(tensor, None)
+
+
+@pytest.mark.parametrize(
+    ("scalar", "plain"),
+    [
+        (np.float64(3), 3.0),
+        (np.float32(0.5), 0.5),
+        (np.int8(-3), -3),
+        (np.bool_(True), True),
+        (np.str_("a"), "a"),
+        (torch.tensor(1.5, dtype=torch.bfloat16), 1.5),
+    ],
+)
+def test_scalars_are_plain_values_alone_and_in_lists(scalar, plain):
+    inside = encode_input([{"a": scalar}], None)[0]["a"]
+    assert (inside, type(inside)) in [(plain, type(plain)), (plain, type(scalar))]
+    assert json.dumps(inside) == json.dumps(plain)
+    if not isinstance(scalar, torch.Tensor):
+        alone = encode_input(scalar, None)
+        assert json.dumps(alone) == json.dumps(plain)
+        assert describe("mlp", scalar)
+
+
+@pytest.mark.parametrize("scalar", [np.complex64(1), np.datetime64("2020-01-01"), np.longdouble(1)])
+def test_a_scalar_that_json_lacks_is_refused(scalar):
+    for value in (scalar, [scalar]):
+        with pytest.raises(InvalidInput, match="cannot be sent as JSON"):
+            encode_input(value, None)
+
+
+def nested(depth, wrap):
+    value = 1
+    for _ in range(depth):
+        value = wrap(value)
+    return value
+
+
+@pytest.mark.parametrize("wrap", [lambda value: [value], lambda value: {"a": value}, lambda value: (1, [value])])
+def test_an_input_nested_too_deep_is_refused_and_one_at_the_limit_is_sent(wrap):
+    with pytest.raises(InvalidInput, match=f"nested more than {MAX_DEPTH} deep"):
+        encode_input(nested(100_000, wrap), None)
+    assert json.dumps(through_json(nested(MAX_DEPTH // 2, wrap))) == json.dumps(nested(MAX_DEPTH // 2, wrap))
+
+
+def test_a_list_that_holds_itself_is_refused():
+    endless = [1]
+    endless.append(endless)
+    with pytest.raises(InvalidInput, match="nested"):
+        encode_input(endless, None)
 
 
 _json = st.recursive(
