@@ -37,6 +37,8 @@ OUTAGE_S = 10.0
 OUTAGE_INTERVAL_S = 0.5
 #: seconds the thread stays when nobody waits
 IDLE_S = 5.0
+#: seconds `Watcher.close` waits for the thread; one that waits for a silent Redis ends by itself, up to 30 s later
+CLOSE_S = 1.0
 
 
 @dataclass(slots=True)
@@ -94,7 +96,7 @@ class Watcher:
             thread = self._thread
         self._fail(waiting, ResultTimeout("the client was closed while the job was waited for; the job goes on"))
         if thread is not None and thread is not threading.current_thread():
-            thread.join()
+            thread.join(CLOSE_S)
 
     def _reset(self) -> None:
         self._pid = os.getpid()
@@ -189,7 +191,9 @@ class Watcher:
         with self._changed:
             if self._reached_at is not None and now - self._reached_at <= OUTAGE_S:
                 for job_id in job_ids:
-                    self._schedule(self._watched[job_id], now + OUTAGE_INTERVAL_S)
+                    watched = self._watched.get(job_id)
+                    if watched is not None:  # else the client was closed meanwhile
+                        self._schedule(watched, now + OUTAGE_INTERVAL_S)
                 return
             everybody = list(self._watched)
         self._fail(everybody, err)

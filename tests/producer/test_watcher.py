@@ -10,7 +10,7 @@ import pytest
 from nograd.producer import watcher
 from nograd.producer.outcomes import PENDING, Outcome
 from nograd.producer.watcher import Watcher
-from nograd.tasks import BrokerUnavailable
+from nograd.tasks import BrokerUnavailable, ResultTimeout
 
 DONE = Outcome("SUCCESS", 1)
 
@@ -35,7 +35,7 @@ def watch():
     made = []
 
     def make(store):
-        made.append(Watcher(store.fetch))
+        made.append(Watcher(getattr(store, "fetch", store)))
         return made[-1]
 
     yield make
@@ -114,6 +114,34 @@ def test_an_error_nobody_foresaw_reaches_who_waits_and_the_thread_goes_on(watch)
         one.watch("a").result(1)
     store.trouble = None
     assert one.watch("b").result(1) == DONE
+
+
+def test_closing_while_redis_is_away_troubles_nobody(watch, monkeypatch):
+    died = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: died.append(args.exc_value))
+    answers = iter([[PENDING]])
+    hanging, go_on = threading.Event(), threading.Event()
+
+    def fetch(_job_ids):
+        for answer in answers:  # the first question only
+            return answer
+        hanging.set()
+        go_on.wait(10)
+        raise BrokerUnavailable("away")
+
+    one = watch(fetch)
+    future = one.watch("a")
+    assert hanging.wait(5)
+    thread = one._thread
+    started = time.monotonic()
+    one.close()
+    assert time.monotonic() - started < 3  # not the 30 s a silent Redis may take
+    with pytest.raises(ResultTimeout, match="closed"):
+        future.result(0)
+    go_on.set()
+    thread.join(5)
+    assert not thread.is_alive()
+    assert died == []
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
