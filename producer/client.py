@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -106,12 +106,13 @@ class Client:
 
         A list, tuple or array is encoded and checked as a whole before anything is sent: one bad input, and no job
         exists. Any other iterable is taken `SUBMIT_CHUNK` inputs at a time, so that it may be larger than memory; if an
-        input in a later chunk is bad, the jobs of the earlier ones are revoked before the error is raised.
+        input in a later chunk is bad, or Redis fails, the jobs sent so far are revoked before the error is raised.
 
         Raises:
             UnknownModel: if no such model is known.
             InvalidInput: for the first input that cannot be sent, by its index.
-            BrokerUnavailable: if Redis fails; some of the jobs may have been accepted.
+            BrokerUnavailable: if Redis fails. Some jobs of the last chunk may have been accepted (a list is one chunk);
+                the message says how many were before.
         """
         _check_many(inputs)
         kind = self.card(model).input
@@ -123,9 +124,14 @@ class Client:
             try:
                 messages = [Message.of(model, value, _encode(index, value, kind), **options) for index, value in chunk]
             except InvalidInput:
-                self.broker.revoke([job.id for job in jobs])
+                self._revoke([job.id for job in jobs])
                 raise
-            self.broker.publish_many(messages)
+            try:
+                self.broker.publish_many(messages)
+            except BrokerUnavailable as err:
+                # Of this chunk nobody knows which were accepted; to revoke one that was not does no harm.
+                revoked = self._revoke([job.id for job in jobs] + [message.id for message in messages])
+                raise BrokerUnavailable(_accepted(err, len(jobs), revoked=revoked)) from err
             jobs += [self.job(message.id, model) for message in messages]
         return jobs
 
@@ -240,7 +246,8 @@ class Client:
             while (oldest := window.oldest()) is not None:
                 outcomes = self._collect(oldest, timeout)
                 window.drop_oldest()
-                window.fill()  # before anything is handed out: workers go on while the caller thinks
+                # Before anything is handed out: workers go on while the caller thinks.
+                trouble = _trouble_of(window.fill)
                 for outcome in outcomes:
                     if not isinstance(outcome, NogradError):
                         yield outcome
@@ -249,6 +256,8 @@ class Client:
                     else:
                         raise _at(index, outcome)
                     index += 1
+                if trouble is not None:
+                    raise trouble
         finally:
             self._abandon(window.jobs())
 
@@ -256,14 +265,40 @@ class Client:
         if sent.job is None:
             return list(sent.outcomes(None))
         outcome = sent.job.wait(timeout)
-        sent.job.forget()  # read once, by us; millions of inputs must not fill Redis
+        with contextlib.suppress(BrokerUnavailable):  # what has been received is not lost with it; the result expires
+            sent.job.forget()  # read once, by us; millions of inputs must not fill Redis
         return list(sent.outcomes(outcome))
+
+    def _revoke(self, job_ids: Sequence[str]) -> bool:
+        """Revoke jobs on the way out of an error; whether that was possible."""
+        try:
+            self.broker.revoke(job_ids)
+        except BrokerUnavailable:
+            return False
+        return True
 
     def _abandon(self, jobs: Sequence[Job]) -> None:
         ids = [job.id for job in jobs]
         with contextlib.suppress(BrokerUnavailable):  # the reason for ending is already on its way to the caller
             self.broker.revoke(ids)
             self.broker.forget(ids)
+
+
+def _trouble_of(call: Callable[[], None]) -> Exception | None:
+    """What a call raises, for later."""
+    try:
+        call()
+    except Exception as err:  # noqa: BLE001 - raised by the caller, in its turn
+        return err
+    return None
+
+
+def _accepted(err: BrokerUnavailable, jobs: int, *, revoked: bool) -> str:
+    if not jobs:
+        return err.message
+    return f"{err.message}; {jobs} jobs had been accepted before, and " + (
+        "the workers were told to skip them" if revoked else "could not be revoked"
+    )
 
 
 def _encode(index: int, value: Any, kind: InputKind | None) -> Any:

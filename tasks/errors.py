@@ -5,7 +5,7 @@
     NogradError
     ├── ConfigError            fix the configuration; the message names key, value and file
     │   └── ModelFileError
-    ├── BrokerUnavailable      Redis cannot be reached; try again, nothing was accepted
+    ├── BrokerUnavailable      Redis cannot be reached; try again
     ├── ResultTimeout          the job is still on its way; ask again later
     ├── UnknownModel           no such model; the message lists the known ones
     └── JobError               stored as the outcome of one job
@@ -53,7 +53,10 @@ class ModelFileError(ConfigError):
 
 
 class BrokerUnavailable(NogradError):  # noqa: N818 - a state, as the caller sees it
-    """Redis did not answer. Nothing was accepted."""
+    """Redis did not answer, or not any more.
+
+    A connection that breaks while jobs are on their way leaves open which of them were accepted.
+    """
 
     code = "broker_unavailable"
     retryable = True

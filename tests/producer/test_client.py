@@ -1,20 +1,21 @@
 """Submitting: what is checked before, what is sent, and what is said when it cannot be."""
 
+import base64
 import json
 import socket
 import time
+from contextlib import contextmanager
 
 import pytest
 
 from nograd.producer import Client
 from nograd.producer.broker import Message, address_of, wire_size
+from nograd.producer.embedded import EmbeddedRedis
 from nograd.tasks import BrokerUnavailable, ConfigError, InvalidInput, ModelFileError, UnknownModel
 
 
 def messages(redis, queue):
     """What stands in a queue: (headers, args, kwargs), oldest first."""
-    import base64
-
     raw = [json.loads(text) for text in redis.lrange(queue, 0, -1)]
     return [(m["headers"], *json.loads(base64.b64decode(m["body"]))[:2]) for m in reversed(raw)]
 
@@ -140,6 +141,55 @@ def test_an_iterator_is_sent_by_chunks_as_it_is_read(client, redis):
 
     assert len(client.submit_many("echo", values())) == 2500
     assert lengths == [0, 1000, 2000]
+
+
+@contextmanager
+def refusing_writes(redis):
+    """Redis without memory: it takes no more messages, but still passes on what is published to workers."""
+    try:
+        yield lambda: redis.config_set("maxmemory", "1")
+    finally:
+        redis.config_set("maxmemory", "0")
+
+
+def values_until(count, then):
+    for value in range(count + 1500):
+        if value == count:
+            then()
+        yield value
+
+
+def test_when_redis_refuses_later_chunks_the_earlier_jobs_are_revoked_and_counted(client, redis):
+    with redis.pubsub() as listening, refusing_writes(redis) as refuse:
+        listening.psubscribe("*pidbox*")
+        with pytest.raises(BrokerUnavailable, match="; 2000 jobs had been accepted before, and the workers were told"):
+            client.submit_many("echo", values_until(2500, refuse))
+        while (heard := listening.get_message(timeout=5))["type"] != "pmessage":
+            pass
+        control = json.loads(base64.b64decode(json.loads(heard["data"])["body"]))
+        sent = [headers["id"] for headers, _, _ in messages(redis, "nograd.echo")]
+    assert len(sent) == 2000
+    assert control["method"] == "revoke"
+    assert set(control["arguments"]["task_id"]) >= set(sent)
+
+
+def test_when_redis_dies_in_a_later_chunk_the_error_counts_the_jobs_it_had_accepted(register):
+    with EmbeddedRedis() as server, Client(server.url) as client:
+        register(client, echo="json")
+        with pytest.raises(BrokerUnavailable, match="; 1000 jobs had been accepted before, and could not be revoked"):
+            client.submit_many("echo", values_until(1500, server.stop))
+
+
+def test_a_bad_input_in_a_later_chunk_is_named_also_when_the_earlier_jobs_cannot_be_revoked(register):
+    def values(server):
+        yield from range(1500)
+        server.stop()
+        yield object()
+
+    with EmbeddedRedis() as server, Client(server.url) as client:
+        register(client, echo="json")
+        with pytest.raises(InvalidInput, match="input 1500: "):
+            client.submit_many("echo", values(server))
 
 
 def test_one_string_is_not_many_inputs(client):

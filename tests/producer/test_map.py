@@ -7,9 +7,10 @@ import time
 import numpy as np
 import pytest
 
+from nograd.producer import Client
 from nograd.producer.outcomes import Outcome
 from nograd.producer.packing import PACK_BYTES, pack
-from nograd.tasks import InvalidInput, JobError, ModelFailed, OutputMismatch, ResultTimeout
+from nograd.tasks import BrokerUnavailable, InvalidInput, JobError, ModelFailed, OutputMismatch, ResultTimeout
 
 
 def test_predictions_come_in_the_order_of_the_inputs(served):
@@ -109,6 +110,37 @@ def test_results_leave_redis_as_they_are_read(served):
     before = set(served.app.backend.client.keys("celery-task-meta-*"))
     list(served.map("echo", range(200)))
     assert set(served.app.backend.client.keys("celery-task-meta-*")) == before
+
+
+@pytest.fixture
+def limited(served, served_url):
+    """A client whose user an administrator may limit: `limited("-del")`; gives the client."""
+    redis = served.app.backend.client
+    redis.execute_command("ACL", "SETUSER", "mapper", "reset", "on", ">pw", "~*", "&*", "+@all")
+    with Client(f"redis://mapper:pw@{served_url.rpartition('@')[2]}") as client:
+
+        def limit(rule):
+            redis.execute_command("ACL", "SETUSER", "mapper", rule)
+            return client
+
+        yield limit
+    redis.execute_command("ACL", "DELUSER", "mapper")
+
+
+def test_results_that_cannot_be_removed_are_handed_out_all_the_same(limited):
+    assert list(limited("-del").map("echo", range(200))) == list(range(200))
+
+
+def test_what_was_received_is_handed_out_before_the_error_of_the_next_message(limited):
+    def numbers():
+        yield from range(10)
+        limited("-@write")
+        yield from range(10, 30)
+
+    predictions = limited("+@all").map("echo", numbers(), batch=10, max_in_flight=10)
+    assert [next(predictions) for _ in range(10)] == list(range(10))
+    with pytest.raises(BrokerUnavailable):
+        next(predictions)
 
 
 def test_an_iterator_closed_early_revokes_what_waits(served):
