@@ -76,5 +76,11 @@ def test_a_class_that_does_not_import(refuse, name):
     assert f"class = '{name}'" in refuse(GOOD.replace("fleet_of_tests:Dropout", name))
 
 
+def test_a_module_that_exits_while_it_is_imported(refuse, tmp_path):
+    (tmp_path / "a_script.py").write_text("import sys\nsys.exit(0)\n")
+    said = refuse(GOOD.replace("fleet_of_tests:Dropout", "a_script:Model"))
+    assert "class = 'a_script:Model': cannot import a_script: SystemExit: 0" in said
+
+
 def test_a_class_that_raises_when_it_is_made(refuse):
     assert "init = {'size': 3}" in refuse(GOOD + "init = { size = 3 }")

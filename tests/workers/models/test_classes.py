@@ -54,6 +54,8 @@ def test_a_class_that_is_not_there_is_named_with_its_file(opened, tmp_path, targ
         ("import no_such_library", "ModuleNotFoundError: No module named 'no_such_library'"),
         ("class M(:", "SyntaxError"),
         ("raise OSError('no licence')", "OSError: no licence"),
+        ("import sys; sys.exit('usage: train.py')", "SystemExit: usage: train.py"),
+        ("exit()", "SystemExit: None"),
     ],
 )
 def test_a_module_that_cannot_be_imported_says_why(opened, user_code, source, why):
@@ -61,6 +63,11 @@ def test_a_module_that_cannot_be_imported_says_why(opened, user_code, source, wh
     message = failure(opened, f"{name}:M")
     assert f"class = '{name}:M': cannot import {name}: " in message
     assert why in message
+
+
+def test_a_constructor_that_exits_does_not_end_the_worker_without_a_word(opened, user_code):
+    name = user_code("import sys\nclass M:\n    def __init__(self): sys.exit(0)\n")
+    assert f"init = {{}}: {name}:M raised SystemExit: 0" in failure(opened, f"{name}:M")
 
 
 def test_init_arguments_that_the_class_does_not_take_are_named(opened, user_code):

@@ -53,6 +53,10 @@ class Failing(Bare):
     def load(self, device): raise OSError("no licence")
 
 
+class Exiting(Bare):
+    def load(self, device): raise SystemExit(0)
+
+
 class Looking:
     def load(self, device): pass
     def forward(self, batch): return [(image.mode, image.size) for image in batch]
@@ -128,6 +132,7 @@ def test_images_come_decoded(hosted, predict, table, picture):
         ("NoForward", "", "class = '.*:NoForward': has no method forward"),
         ("NoLoad", "", "class = '.*:NoLoad': has no method load"),
         ("Failing", "", r"class = '.*:Failing': load\(\) raised OSError: no licence"),
+        ("Exiting", "", r"class = '.*:Exiting': load\(\) raised SystemExit: 0"),
         ("Training", "", "still in training mode after eval"),
         ("Bare", 'labels = ["a"]', "transforms and labels are the class's own"),
     ],
