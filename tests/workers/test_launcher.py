@@ -1,0 +1,240 @@
+"""The launcher with real workers: one per GPU, started again when it dies, ended with it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from nograd.producer import Client
+from nograd.tasks.errors import ConfigError
+from nograd.workers import launcher
+from nograd.workers.launcher import visible_gpus
+
+TINY = "class Doubler:\n    def load(self, device): pass\n    def forward(self, batch): return [2 * n for n in batch]\n"
+#: seconds a worker has to start on a busy machine
+START_S = 120
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's help is Linux only")
+
+
+# -- which devices ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """Put an `nvidia-smi` of this script on the path, alone; None for none."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    def install(script):
+        program = tmp_path / "nvidia-smi"
+        program.write_text(script)
+        program.chmod(0o755)
+
+    return install
+
+
+def test_all_means_the_installed_gpus(nvidia_smi):
+    nvidia_smi("#!/bin/sh\necho 0\necho 1\necho 2\n")
+    assert visible_gpus("all") == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("script", [None, "#!/bin/sh\necho no driver\nexit 9\n", "#!/bin/sh\n", "#!/no/such/shell\n"])
+def test_without_a_gpu_all_means_a_cpu_worker(nvidia_smi, script):
+    if script is not None:
+        nvidia_smi(script)
+    assert visible_gpus("all") == [""]
+
+
+def test_an_nvidia_smi_that_hangs_means_a_cpu_worker_and_a_warning(nvidia_smi, monkeypatch, caplog):
+    nvidia_smi("#!/bin/sh\nexec /bin/sleep 60\n")
+    monkeypatch.setattr(launcher, "NVIDIA_SMI_TIMEOUT_S", 0.3)
+    started = time.monotonic()
+    assert visible_gpus("all") == [""]
+    assert time.monotonic() - started < 10
+    assert "no GPU is used" in caplog.text
+    assert "timed out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("limit", "gpus"),
+    [
+        ("1,3", ["1", "3"]),
+        (" 1 , 3 ,", ["1", "3"]),
+        ("GPU-1234, MIG-5678", ["GPU-1234", "MIG-5678"]),
+        ("", [""]),
+        (" ", [""]),
+        ("-1", [""]),
+        ("0,-1,2", ["0"]),
+    ],
+)
+def test_the_environment_limits_what_all_means(nvidia_smi, limit, gpus):
+    nvidia_smi("#!/bin/sh\necho 0\n")
+    assert visible_gpus("all", {"CUDA_VISIBLE_DEVICES": limit}) == gpus
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus"), [("none", [""]), ("0", ["0"]), ("2, 0", ["2", "0"]), ("GPU-12,MIG-3", ["GPU-12", "MIG-3"])]
+)
+def test_devices_may_be_named(asked, gpus):
+    assert visible_gpus(asked, {"CUDA_VISIBLE_DEVICES": "7"}) == gpus
+
+
+@pytest.mark.parametrize("asked", ["", "some", "0,0", "0,,1", "-1", "1.5"])
+def test_anything_else_is_refused(asked):
+    with pytest.raises(ConfigError, match=re.escape(f"--gpus = {asked!r}")):
+        visible_gpus(asked)
+
+
+def test_the_pause_before_a_restart_doubles_up_to_its_limit_however_often_a_worker_dies():
+    worker = launcher._Worker("", [], {}, started=0.0)
+    pauses = [worker.died(now=1.0) for _ in range(3000)]
+    assert pauses[:6] == [1, 2, 4, 8, 16, 30]
+    assert set(pauses[6:]) == {30}
+    assert worker.died(now=launcher.STEADY_S + 1) == 1  # it had lived for long
+
+
+# -- real workers -----------------------------------------------------------------------------------------------------
+
+
+class Launched:
+    """A launcher in a process of its own, and its log."""
+
+    def __init__(self, models, redis_url, gpus, log):
+        self.log = log
+        words = ["worker", "--models", str(models), "--gpus", gpus]
+        environment = {**os.environ, "NOGRAD_REDIS_URL": redis_url}
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "nograd.producer.cli", *words], env=environment, stdout=out, stderr=out
+            )
+
+    def text(self):
+        return self.log.read_text(errors="replace")
+
+    def workers(self):
+        """The process ids of its workers."""
+        listing = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+        rows = [line.split(None, 2) for line in listing.splitlines()]
+        return [int(pid) for pid, parent, args in rows if int(parent) == self.process.pid and " celery " in args]
+
+    def until(self, condition, seconds=START_S):
+        deadline = time.monotonic() + seconds
+        while not (value := condition()):
+            if time.monotonic() > deadline:
+                pytest.fail(f"it does not come true:\n{self.text()}")
+            time.sleep(0.05)
+        return value
+
+    def until_ready(self, workers=1):
+        self.until(lambda: self.text().count(" ready.") >= workers)
+        return self
+
+    def another_worker(self, than):
+        return self.until(lambda: [pid for pid in self.workers() if pid not in than])[0]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "doubling_of_launcher.py").write_text(TINY)
+    file = folder / "models.toml"
+    file.write_text('[double]\nloader = "python"\nclass = "doubling_of_launcher:Doubler"\n')
+    return file
+
+
+@pytest.fixture(scope="module")
+def launch(models, redis_url, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launcher")
+
+    @contextmanager
+    def launch(gpus="none", models=models):
+        log = folder / f"{time.monotonic_ns()}.log"
+        launched = Launched(models, redis_url, gpus, log)
+        try:
+            yield launched
+        finally:
+            if launched.process.poll() is None:
+                launched.process.terminate()
+            launched.process.wait(60)
+
+    return launch
+
+
+@pytest.fixture(scope="module")
+def pair(launch):
+    """Two workers; on a machine without these GPUs they use the CPU, which changes nothing here."""
+    with launch("0,1") as launched:
+        yield launched.until_ready(2)
+
+
+def alive(pid):
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return bool(state.strip()) and not state.startswith("Z")
+
+
+@linux
+def test_a_worker_is_born_with_its_device_and_model_file_in_its_environment(pair, models):
+    # /proc shows what the kernel was given before the interpreter started.
+    born_with = [
+        dict(entry.partition("=")[::2] for entry in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+        for pid in pair.workers()
+    ]
+    assert sorted(env["CUDA_VISIBLE_DEVICES"] for env in born_with) == ["0", "1"]
+    assert {(env["CUDA_DEVICE_ORDER"], env["NOGRAD_MODELS"]) for env in born_with} == {("PCI_BUS_ID", str(models))}
+
+
+def test_every_worker_has_a_name_of_its_own_also_beside_those_of_another_launcher(pair, launch, redis_url):
+    with launch("0") as other, Client(redis_url) as client:
+        other.until_ready()
+        names = client.broker.workers(timeout_s=3)
+    assert len(names) == 3
+
+
+def test_a_killed_worker_is_started_again_after_a_pause_that_grows(launch, redis_url):
+    with launch() as launched, Client(redis_url) as client:
+        first = launched.another_worker(than=[])
+        os.kill(first, signal.SIGKILL)
+        second = launched.another_worker(than=[first])
+        os.kill(second, signal.SIGKILL)
+        died = time.monotonic()
+        launched.another_worker(than=[first, second])
+        assert time.monotonic() - died > 1.5
+        assert re.findall(r"ended with -9; starting again in (\d+) s", launched.text()) == ["1", "2"]
+        launched.until_ready()
+        assert client.submit("double", 21).result(30) == 42
+
+
+def test_a_worker_that_refuses_its_models_is_not_started_again_and_ends_the_launch(launch, tmp_path):
+    broken = tmp_path / "models.toml"
+    broken.write_text('[double]\nloader = "python"\nclass = "nowhere:Model"\n')
+    with launch(models=broken) as launched:
+        assert launched.process.wait(START_S) == launcher.EXIT_CONFIG, launched.text()
+        assert launched.text().count("nowhere:Model") == 1
+        assert "starting again" not in launched.text()
+
+
+def test_sigterm_ends_every_worker_and_gives_0(launch):
+    with launch("0,1") as launched:
+        launched.until_ready(2)
+        workers = launched.workers()
+        assert len(workers) == 2
+        launched.process.terminate()
+        assert launched.process.wait(60) == 0, launched.text()
+        assert not any(alive(pid) for pid in workers)
+        assert "starting again" not in launched.text()
+
+
+@linux
+def test_a_killed_launcher_takes_its_worker_along(launch):
+    with launch() as launched:
+        launched.until_ready()
+        [worker] = launched.workers()
+        launched.process.kill()
+        launched.until(lambda: not alive(worker), 30)
