@@ -6,8 +6,10 @@ this module only compares, and needs no torch itself.
 
 from __future__ import annotations
 
+import http.client
 import importlib.util
 import math
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -17,8 +19,10 @@ from types import ModuleType
 from typing import Any
 
 from nograd.tasks.errors import ConfigError, JobError
+from nograd.tasks.keys import PREDICT_TASK
 
 from .client import Client
+from .embedded import HOST
 from .outcomes import error_to_dict
 
 #: how far a number may be from the expected one: a forward of another batch size adds in another order
@@ -27,6 +31,10 @@ TOLERANCE = 1e-4
 SCORE_TOLERANCE = 1e-3
 #: seconds one prediction may take; generous, since a laptop loads and answers six models at once
 RESULT_TIMEOUT_S = 120.0
+#: seconds Flower has to show a job; events are with it within one, unless it does not listen at all
+FLOWER_TIMEOUT_S = 15.0
+
+_SUCCEEDED = re.compile(r"^flower_events_total\{([^}]*)\} (\S+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +113,31 @@ def ask(client: Client, model: str, inputs: list[Any], expected: list[Any]) -> I
         except JobError as err:
             error = error_to_dict(err)
         yield Answer(model, value, prediction, wanted, time.perf_counter() - started, error)
+
+
+def jobs_in_flower(port: int, timeout_s: float = FLOWER_TIMEOUT_S) -> int:
+    """How many jobs Flower on this machine has seen succeed; waits for the first, 0 if there is none in time."""
+    deadline = time.monotonic() + timeout_s
+    while not (jobs := _succeeded(_metrics(port))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return jobs
+
+
+def _metrics(port: int) -> str:
+    # Its API asks for a login; its metrics do not.
+    connection = http.client.HTTPConnection(HOST, port, timeout=5)
+    try:
+        connection.request("GET", "/metrics")
+        return connection.getresponse().read().decode()
+    except OSError:
+        return ""
+    finally:
+        connection.close()
+
+
+def _succeeded(metrics: str) -> int:
+    wanted = (f'task="{PREDICT_TASK}"', 'type="task-succeeded"')
+    return sum(int(float(count)) for labels, count in _SUCCEEDED.findall(metrics) if all(w in labels for w in wanted))
 
 
 def same_answer(prediction: Any, expected: Any) -> bool:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nograd.producer.client import Client
-from nograd.producer.demo import Answer, Examples, ask
+from nograd.producer.demo import Answer, Examples, ask, jobs_in_flower
 from nograd.producer.embedded import free_port, port_is_free
 from nograd.producer.fleet import FLOWER_PORT, Fleet
 from nograd.producer.processes import stopping_on_sigterm
@@ -55,9 +55,7 @@ def demo(run: Run, *, examples: Path | None, port: int | None, keep: bool) -> in
             with Client(fleet.url, models=fleet.models) as client:
                 code = _show_answers(run, console, client, found)
                 code = _classify_digits(run, console, client, found, Path(folder)) or code
-            console.print(
-                f"Flower: {fleet.flower_url}" + ("" if keep else " (while the demo runs; --keep leaves it up)")
-            )
+            code = _show_flower(console, fleet, port, keep=keep) or code
             if keep:
                 _stay(console, fleet)
     console.print("Everything that was started is stopped.")
@@ -101,6 +99,16 @@ def _classify_digits(run: Run, console: Console, client: Client, examples: Examp
     if run.json:
         run.emit({"digits": len(labels), "right": right, "accuracy": accuracy, "seconds": seconds}, "")
     return OK if accuracy > 0.9 else FAILED  # the model's own accuracy is far above
+
+
+def _show_flower(console: Console, fleet: Fleet, port: int, *, keep: bool) -> int:
+    jobs = jobs_in_flower(port)
+    if not jobs:
+        console.print("Flower has seen none of these jobs")
+        return FAILED
+    hint = "" if keep else " (while the demo runs; --keep leaves it up)"
+    console.print(f"Flower has seen {jobs:,} messages succeed: {fleet.flower_url}{hint}")
+    return OK
 
 
 def _table() -> Table:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nograd.producer import Client, cli, fleet
-from nograd.producer.demo import Examples, same_answer
+from nograd.producer.demo import Examples, jobs_in_flower, same_answer
 from nograd.producer.embedded import free_port
 from nograd.tasks import BrokerUnavailable, ConfigError
 
@@ -185,12 +186,14 @@ def test_flower_answers_on_loopback(redis_url, tmp_path):
         while not fleet.flower_answers(port):
             assert time.monotonic() < deadline, (tmp_path / "flower.log").read_text()
             time.sleep(0.1)
+        assert jobs_in_flower(port, timeout_s=0) == 0  # it has seen none
         arguments = subprocess.run(
             ["ps", "-o", "args=", "-p", str(flower.pid)], capture_output=True, text=True, check=True
         )
         assert redis_url not in arguments.stdout
         flower.terminate()
         assert flower.wait(20) == 0
+    assert jobs_in_flower(port, timeout_s=0) == 0
 
 
 # -- the demo ---------------------------------------------------------------------------------------------------------
@@ -209,6 +212,9 @@ def test_the_demo_gets_every_answer_right_and_leaves_nothing(tmp_path):
     assert all(answer["right"] for answer in answers)
     assert digits["digits"] == 1797
     assert digits["accuracy"] > 0.98
+    flower = re.search(r"Flower has seen ([\d,]+) messages succeed: http://127", log.read_text())
+    assert flower, log.read_text()
+    assert int(flower[1].replace(",", "")) > 0
     assert len(below) >= 4
     assert remaining(below) == []
 
