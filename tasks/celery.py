@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -17,6 +18,8 @@ from .keys import PREDICT_TASK, queue_name
 from .modelfile import load_model_file
 from .settings import Settings
 
+#: where the batch pool is; by name, since the contract does not import the workers
+POOL = "nograd.workers.pool:TaskPool"
 #: what a worker holds, in batches of its largest model: one on the device, one in preparation, two on their way
 BATCHES_IN_FLIGHT = 4
 #: messages in flight at the least, so that tasks other than predictions are not starved beside a model of batch 1
@@ -41,8 +44,8 @@ def create_app(settings: Settings) -> Celery:
     app.conf.update(
         broker_read_url=settings.redis_url,
         broker_write_url=settings.redis_url,
-        # The pool that batches. Celery reads this only in a worker that was started without -P.
-        worker_pool="nograd.workers.pool:TaskPool",
+        # The pool that batches; also with -P prefork, which Celery cannot tell from no -P.
+        worker_pool=POOL,
         worker_consumer="nograd.tasks.consumer:Consumer",
         # JSON and msgpack on every path: whoever can write to Redis must not be able to run code in a worker.
         task_serializer="json",
@@ -80,6 +83,7 @@ def create_app(settings: Settings) -> Celery:
         # A publish that fails says so within seconds instead of holding a web request.
         task_publish_retry_policy={"max_retries": 3, "interval_start": 0, "interval_step": 0.2, "interval_max": 1},
         broker_transport_options={
+            "lease_seconds": settings.lease_s,
             "socket_connect_timeout": 3,
             "socket_timeout": 30,  # longer than a blocking pop; without one a silent Redis holds a publisher for ever
             "socket_keepalive": True,
@@ -87,7 +91,8 @@ def create_app(settings: Settings) -> Celery:
         },
         redis_socket_connect_timeout=3,
         redis_socket_timeout=30,
-        redis_socket_keepalive=True,
+        # Not a keyword of a unix socket's connection.
+        redis_socket_keepalive=None if settings.redis_url.startswith("redis+socket:") else True,
         redis_backend_health_check_interval=15,
         # The worker's log stays its own; prints of models are not Celery's business.
         worker_redirect_stdouts=False,
@@ -118,6 +123,12 @@ def configure_worker(app: Celery, settings: Settings, concurrency: int | None = 
         app.conf.worker_concurrency = max(MIN_IN_FLIGHT, BATCHES_IN_FLIGHT * largest)
 
 
+def _check_pool(pool: Any) -> None:
+    name = pool if isinstance(pool, str | None) else f"{pool.__module__}:{pool.__qualname__}"
+    if name not in (None, POOL, "prefork"):  # prefork is what Celery passes without -P, and means the setting
+        raise ConfigError(f"-P {name}: predictions run in nograd's own pool only; leave -P away")
+
+
 app = create_app(Settings.from_env())
 
 
@@ -126,8 +137,14 @@ def _configure_own_worker(instance: Any = None, options: dict[str, Any] | None =
     # Celery logs and swallows an Exception of a signal handler; SystemExit is the way to refuse the start.
     if instance is None or instance.app is not app:
         return
+    options = options or {}
+    settings = Settings.from_env()
     try:
-        configure_worker(app, Settings.from_env(), (options or {}).get("concurrency"))
+        _check_pool(options.get("pool_cls"))
+        configure_worker(app, settings, options.get("concurrency"))
     except ConfigError as err:
         sys.stderr.write(f"nograd: the worker does not start: {err.message}\n")
         raise SystemExit(2) from err
+    other = os.environ.get("CELERY_BROKER_URL")  # also where `celery -b` puts its argument
+    if other and other != settings.redis_url:
+        sys.stderr.write("nograd: CELERY_BROKER_URL and `celery -b` are not read here; set NOGRAD_REDIS_URL\n")

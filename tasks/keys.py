@@ -21,6 +21,10 @@ MODELS_RENEW_S: Final = 30
 RESULT_TTL_S: Final = 24 * 3600
 
 
+#: seconds a worker may be silent before its jobs are given to others (``NOGRAD_LEASE_S``)
+LEASE_S: Final = 30
+
+
 def queue_name(model: str) -> str:
     """The Celery queue of a model."""
     return f"nograd.{model}"

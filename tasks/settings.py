@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 from .errors import ConfigError
-from .keys import RESULT_TTL_S
+from .keys import LEASE_S, RESULT_TTL_S
 
 DEFAULT_REDIS_URL = "redis://localhost:6379/0"
 
@@ -26,11 +26,13 @@ class Settings:
         redis_url: broker and result store (``NOGRAD_REDIS_URL``).
         models: the model file (``NOGRAD_MODELS``), or None.
         result_ttl_s: seconds a result is kept (``NOGRAD_RESULT_TTL_S``).
+        lease_s: seconds after which the jobs of a worker that fell silent are given to others (``NOGRAD_LEASE_S``).
     """
 
     redis_url: str = DEFAULT_REDIS_URL
     models: Path | None = None
     result_ttl_s: int = RESULT_TTL_S
+    lease_s: int = LEASE_S
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Settings:
@@ -45,6 +47,7 @@ class Settings:
             redis_url=check_redis_url(env.get("NOGRAD_REDIS_URL") or DEFAULT_REDIS_URL, "NOGRAD_REDIS_URL"),
             models=Path(models) if models else None,
             result_ttl_s=_positive_int(env, "NOGRAD_RESULT_TTL_S", RESULT_TTL_S),
+            lease_s=_positive_int(env, "NOGRAD_LEASE_S", LEASE_S),
         )
 
 

@@ -35,8 +35,9 @@ logger = logging.getLogger(__name__)
 
 #: workers that may die over a job before it is given up
 MOST_DEATHS = 3
-#: messages one thread takes at a time
-MOST_AT_ONCE = 8
+#: inputs whose preparation runs code that may crash the process (image decoders, a user's own). Saying so to Redis
+#: costs two small writes, which would be most of the work for a row of numbers.
+RISKY_KINDS = frozenset({"image", "json"})
 
 
 class Preparer:
@@ -64,7 +65,7 @@ class Preparer:
         self._accept = prepare_accept_content(accept)
         self._on_poison = on_poison
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._crew: Crew[Message] = Crew("nograd-prepare", cores, self._work, MOST_AT_ONCE)
+        self._crew: Crew[Message] = Crew("nograd-prepare", cores, self._work)
 
     def start(self) -> None:
         """Start the threads."""
@@ -83,18 +84,13 @@ class Preparer:
         return self._crew.finish(timeout_s)
 
     def _work(self, messages: list[Message]) -> None:
-        stage = threading.current_thread().name
-        for together in _cautiously(messages):
-            # A decoder may crash the process as well as a forward. In one write for all: it costs as much as a decode.
-            transport.suspect([message.delivery for message in together], stage)
-            for message in together:
-                try:
-                    self._prepare(message)
-                except BaseException as err:
-                    logger.exception("a message could not be prepared; it fails")
-                    error = err if isinstance(err, NogradError) else JobError(f"{type(err).__name__}: {err}")
-                    self._settler.submit(message, Outcome(error=error))
-        transport.suspect([], stage)
+        for message in messages:
+            try:
+                self._prepare(message)
+            except BaseException as err:
+                logger.exception("a message could not be prepared; it fails")
+                error = err if isinstance(err, NogradError) else JobError(f"{type(err).__name__}: {err}")
+                self._settler.submit(message, Outcome(error=error))
 
     def _prepare(self, message: Message) -> None:
         if not message.begin():
@@ -117,7 +113,12 @@ class Preparer:
         message.expect(len(inputs), self._settler.submit)
         model = message.model
         assert model is not None
+        risky = model.spec.kind in RISKY_KINDS
+        if risky:
+            transport.suspect([message.delivery], threading.current_thread().name)
         items = [item for index, wire in enumerate(inputs) if (item := _prepare_item(message, model, index, wire))]
+        if risky:
+            transport.suspect([], threading.current_thread().name)
         if items:
             self._batches.put(items, message.deadline)  # refused only at shutdown, when dropping them is right
 
@@ -128,8 +129,7 @@ class Preparer:
             InvalidInput: for a message that is not as `nograd.tasks.predict` says.
             UnknownModel: if this worker has no such model.
         """
-        _, _, _, body, content_type, encoding = message.raw
-        args, kwargs, embed = _decode(body, content_type, encoding, self._accept)
+        args, kwargs, embed = self._decode(message)
         message.body = (*UNREADABLE[:2], embed)  # a chord or an errback hears of a bad call, too
         call = _read_call(args, kwargs)
         message.body = ((call.model, call.input), {"params": call.params, "many": call.many}, embed)
@@ -142,12 +142,24 @@ class Preparer:
             raise DeadlinePassed("the job waited longer than its timeout_s")
         return call.input if call.many else [call.input]
 
+    def _decode(self, message: Message) -> tuple[Any, Any, Any]:
+        """The body: ``(args, kwargs, embed)``.
 
-def _cautiously(messages: list[Message]) -> list[list[Message]]:
-    """Messages over which a worker has died each by itself: the next death then tells the culprit from the others."""
-    innocent = [message for message in messages if not _deaths(message)]
-    alone = [[message] for message in messages if _deaths(message)]
-    return [innocent, *alone] if innocent else alone
+        Raises:
+            InvalidInput: if it is none.
+        """
+        _, _, _, body, content_type, encoding = message.raw
+        try:
+            if content_type and message.delivery is not None:
+                body = message.delivery.payload  # Celery's strategy has decoded it to look at it; kombu remembers
+            elif content_type:
+                body = loads(body, content_type, encoding, accept=self._accept)
+            args, kwargs, embed = body
+        except Exception as err:
+            raise InvalidInput(f"the message cannot be decoded: {err}") from err
+        if not isinstance(args, list | tuple) or not isinstance(kwargs, dict) or not isinstance(embed or {}, dict):
+            raise InvalidInput("the message's body is not [args, kwargs, embed]")
+        return args, kwargs, embed or {}
 
 
 def _deaths(message: Message) -> int:
@@ -165,16 +177,6 @@ class _Call(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if self.many and not isinstance(self.input, list):
             raise ValueError("with `many` the input is a list of inputs")
-
-
-def _decode(body: Any, content_type: Any, encoding: Any, accept: Any) -> tuple[Any, Any, Any]:
-    try:
-        args, kwargs, embed = loads(body, content_type, encoding, accept=accept) if content_type else body
-    except Exception as err:
-        raise InvalidInput(f"the message cannot be decoded: {err}") from err
-    if not isinstance(args, list | tuple) or not isinstance(kwargs, dict) or not isinstance(embed or {}, dict):
-        raise InvalidInput("the message's body is not [args, kwargs, embed]")
-    return args, kwargs, embed or {}
 
 
 def _read_call(args: Any, kwargs: Any) -> _Call:

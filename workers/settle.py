@@ -36,10 +36,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: threads that settle; each waits for Redis most of its time
-THREADS = 3
-#: messages one thread takes at a time
+#: messages the fast path settles at a time. One thread does it: several would only share what there is among more
+#: writes, and take the interpreter from the others
 MOST_AT_ONCE = 256
+#: threads of the complete path, one message at a time; each waits for Redis most of its time
+TRACE_THREADS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +61,15 @@ class Settler:
     def __init__(self, store: ResultStore, resultrepr_maxsize: int) -> None:
         self._store = store
         self._maxsize = resultrepr_maxsize
-        self._crew: Crew[tuple[Message, Outcome | None]] = Crew("nograd-settle", THREADS, self._settle, MOST_AT_ONCE)
+        self._crew: Crew[tuple[Message, Outcome | None]] = Crew("nograd-settle", 1, self._settle, MOST_AT_ONCE)
+        self._tracers: Crew[tuple[Message, Outcome]] = Crew("nograd-trace", TRACE_THREADS, self._trace)
         #: messages settled on each path, for ``inspect stats``
         self.counts = {"fast": 0, "complete": 0}
 
     def start(self) -> None:
         """Start the threads."""
         self._crew.start()
+        self._tracers.start()
 
     def submit(self, message: Message, outcome: Outcome | None = None) -> None:
         """End a message with ``outcome``, or with those of its items if None. Never blocks."""
@@ -74,7 +77,7 @@ class Settler:
 
     def finish(self, timeout_s: float | None = None) -> bool:
         """Settle what was submitted; False if that took longer than ``timeout_s`` seconds."""
-        return self._crew.finish(timeout_s)
+        return self._crew.finish(timeout_s) and self._tracers.finish(timeout_s)
 
     def _settle(self, taken: list[tuple[Message, Outcome | None]]) -> None:
         fast: list[_Success] = []
@@ -84,7 +87,7 @@ class Settler:
             outcome = _outcome(message) if given is None else given
             success = self._encode(message, outcome)
             if success is None:
-                self._trace(message, outcome)
+                self._tracers.submit((message, outcome))
             else:
                 fast.append(success)
         if fast:
@@ -108,7 +111,7 @@ class Settler:
         except (RedisError, OSError) as err:
             logger.warning("%d results could not be stored at once (%s); storing them one by one", len(fast), err)
             for success in fast:
-                self._trace(success.message, Outcome(value=success.value))
+                self._tracers.submit((success.message, Outcome(value=success.value)))
             return
         for success in fast:
             self._tell(success)
@@ -126,9 +129,10 @@ class Settler:
         except BaseException as err:  # noqa: BLE001 - the law of trace.py: whatever is raised, the message gets an end
             end_with_error(message.celery, err)
 
-    def _trace(self, message: Message, outcome: Outcome) -> None:
-        self.counts["complete"] += 1
-        trace_outcome(message.celery, message.args, outcome, message.started)
+    def _trace(self, taken: list[tuple[Message, Outcome]]) -> None:
+        for message, outcome in taken:
+            trace_outcome(message.celery, message.args, outcome, message.started)
+            self.counts["complete"] += 1
 
 
 def _outcome(message: Message) -> Outcome:

@@ -1,6 +1,7 @@
 """Models for the pool's tests: what they do is what a test needs to see."""
 
 import os
+import signal
 import threading
 import time
 
@@ -56,6 +57,37 @@ class Picky:
         if output["echo"] == "bad finish":
             raise KeyError("gone")
         return object() if output["echo"] == "no json" else output["echo"]
+
+
+class Echo:
+    """Answers with the parameters of its batch."""
+
+    def load(self, device):
+        pass
+
+    def forward(self, batch, params):
+        return [dict(params) for _ in batch]
+
+
+class Killer:
+    """Takes its process along when it is told to."""
+
+    def load(self, device):
+        pass
+
+    def prepare(self, value):
+        if value == "crash in prepare":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return value
+
+    def forward(self, batch):
+        time.sleep(0.1)
+        for value in batch:
+            if value == "exit":
+                os._exit(7)
+            if value == "segfault":
+                os.kill(os.getpid(), signal.SIGSEGV)
+        return batch
 
 
 class Slow:

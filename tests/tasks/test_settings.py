@@ -10,12 +10,17 @@ from nograd.tasks.settings import Settings, check_redis_url
 
 
 def test_defaults():
-    assert Settings.from_env({}) == Settings("redis://localhost:6379/0", None, 24 * 3600)
+    assert Settings.from_env({}) == Settings("redis://localhost:6379/0", None, 24 * 3600, 30)
 
 
 def test_values():
-    env = {"NOGRAD_REDIS_URL": "redis://u:p@h:1/2", "NOGRAD_MODELS": "m.toml", "NOGRAD_RESULT_TTL_S": "60"}
-    assert Settings.from_env(env) == Settings("redis://u:p@h:1/2", Path("m.toml"), 60)
+    env = {
+        "NOGRAD_REDIS_URL": "redis://u:p@h:1/2",
+        "NOGRAD_MODELS": "m.toml",
+        "NOGRAD_RESULT_TTL_S": "60",
+        "NOGRAD_LEASE_S": "5",
+    }
+    assert Settings.from_env(env) == Settings("redis://u:p@h:1/2", Path("m.toml"), 60, 5)
 
 
 @pytest.mark.parametrize(

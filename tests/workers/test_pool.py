@@ -1,6 +1,7 @@
 """The batch pool in a real worker process, on a real Redis, driven by Celery's own client."""
 
 import json
+import math
 import shutil
 import threading
 import time
@@ -9,6 +10,7 @@ import uuid
 import pytest
 import torch
 from celery import Celery, chain, chord, group
+from celery.exceptions import ChordError
 
 import fleet_of_tests
 from nograd.tasks import create_app, errors, predict, registry
@@ -34,6 +36,11 @@ batch = { max_items = 8, max_wait_ms = 300 }
 loader = "python"
 class = "fleet_of_tests:Picky"
 batch = { max_items = 16 }
+
+[echo]
+loader = "python"
+class = "fleet_of_tests:Echo"
+batch = { max_items = 8, max_wait_ms = 100 }
 
 [slow]
 loader = "python"
@@ -146,7 +153,12 @@ def test_a_message_with_many_inputs_answers_in_order_each_item_for_itself(app):
 @pytest.mark.parametrize(
     ("args", "kwargs", "error", "says"),
     [
-        (["nobody", 1], {}, errors.UnknownModel, "no model 'nobody'; it serves dropout, hurried, picky, slow, spy"),
+        (
+            ["nobody", 1],
+            {},
+            errors.UnknownModel,
+            "no model 'nobody'; it serves dropout, echo, hurried, picky, slow, spy",
+        ),
         (["picky"], {}, errors.InvalidInput, "input"),
         ([], {}, errors.InvalidInput, "model"),
         (["picky", 1, None, False, 5], {}, errors.InvalidInput, "5 arguments"),
@@ -182,6 +194,74 @@ def test_chains_groups_and_chords_of_predictions_are_celery_s_own(app):
     assert chained.get(timeout=TIMEOUT) is not None
     collected = chord([task.s("picky", n) for n in range(10)], collect)()
     assert collected.get(timeout=TIMEOUT) == [list(range(10))]
+
+
+def test_a_prediction_can_be_chained_into_a_prediction(app):
+    task = predict_of(app)
+    result = chain(task.s("picky", {"first": 1}), task.s(model="picky"))()
+    assert result.get(timeout=TIMEOUT) == {"first": 1}
+    result = chain(app.signature("celery.accumulate", (5, 6)).set(queue="nograd.picky"), task.s(model="picky"))()
+    assert result.get(timeout=TIMEOUT) == [5, 6]
+
+
+def test_a_chord_with_a_call_that_makes_no_sense_fails_instead_of_waiting(app):
+    task = predict_of(app)
+    result = chord(
+        [task.s("picky", 1), task.s("picky", 1, 3)], app.signature("celery.accumulate").set(queue="nograd.picky")
+    )()
+    with pytest.raises((ChordError, errors.InvalidInput)):
+        result.get(timeout=TIMEOUT)
+
+
+def test_link_error_is_called_for_a_bad_call(app):
+    told = predict_of(app).si("picky", "told").set(task_id=str(uuid.uuid4()))
+    predict_of(app).apply_async(("picky", 1, 3), link_error=told)
+    assert app.AsyncResult(told.options["task_id"]).get(timeout=TIMEOUT) == "told"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"headers": {"timelimit": "soon"}},
+        {"headers": {"expires": "whenever"}},
+        {"headers": {"eta": "whenever"}},
+        {"body": b"7"},
+        {"body": b'"args"'},
+        {"body": b"[]"},
+        {"body": b'[["picky", 1], {}, 5]'},
+        {"body": b"{", "content_type": "application/json"},
+        {"body": b"x", "content_type": "application/x-python-serialize"},
+        {"body": b"x", "content_type": "application/x-unheard-of"},
+    ],
+    ids=str,
+)
+def test_no_message_stops_the_worker_or_goes_unanswered(app, worker, change):
+    task_id = str(uuid.uuid4())
+    headers = {
+        "lang": "py",
+        "task": "nograd.predict",
+        "id": task_id,
+        "root_id": task_id,
+        "argsrepr": "?",
+        **change.get("headers", {}),
+    }
+    body = change.get("body", b'[["picky", 1], {}, null]')
+    with app.connection_for_write() as connection, connection.Producer() as producer:
+        producer.publish(
+            body, routing_key="nograd.picky", exchange="", headers=headers, correlation_id=task_id,
+            content_type=change.get("content_type", "application/json"), content_encoding="utf-8",
+        )  # fmt: skip
+    assert isinstance(error_of(app.AsyncResult(task_id)), errors.InvalidInput)
+    assert send(app, "picky", 1).get(timeout=TIMEOUT) == 1
+    assert worker.alive()
+
+
+def test_jobs_whose_parameters_only_look_alike_in_json_do_not_share_a_batch(app):
+    results = [
+        send(app, "echo", n, params={"x": value}) for n, value in enumerate([math.nan, None, 1, 1.5, "1", True] * 4)
+    ]
+    seen = [result.get(timeout=TIMEOUT)["x"] for result in results]
+    assert [repr(x) for x in seen] == [repr(x) for x in [math.nan, None, 1, 1.5, "1", True] * 4]
 
 
 def test_link_is_called_with_the_prediction(app):
@@ -243,7 +323,7 @@ def test_a_countdown_is_kept(app):
 
 def test_models_are_registered_for_clients_and_the_key_has_an_end(app, worker):
     cards = registry.known(app.backend.client)
-    assert set(cards) == {"spy", "picky", "slow", "hurried", "dropout"}
+    assert set(cards) == {"spy", "picky", "echo", "slow", "hurried", "dropout"}
     assert cards["dropout"].input == "rows"
     assert app.backend.client.ttl("nograd:models") > 24 * 3600
 

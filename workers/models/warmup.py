@@ -29,7 +29,7 @@ def warm_up(model: HostedModel) -> None:
                     _run(model, example, n)
     except ModelFileError:
         raise
-    except Exception as err:
+    except (Exception, SystemExit) as err:  # a model that exits must not look like a worker that was asked to
         what = err.message if isinstance(err, NogradError) else f"{type(err).__name__}: {err}"
         hint = (
             "" if model.spec.example is not None else " (set `example` to a real input if the made-up one is at fault)"

@@ -1,0 +1,128 @@
+"""Workers die, Redis goes away: no job is lost, no innocent pays for a neighbour, nothing hangs."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import fleet_of_tests
+from nograd.producer import Client
+from nograd.producer.embedded import EmbeddedRedis
+from nograd.tasks import transport
+from nograd.tasks.errors import WorkerDied
+
+MODELS = """
+[killer]
+loader = "python"
+class = "fleet_of_tests:Killer"
+batch = { max_items = 16 }
+
+[slow]
+loader = "python"
+class = "fleet_of_tests:Slow"
+batch = { max_items = 1 }
+"""
+
+
+@pytest.fixture
+def models(tmp_path):
+    shutil.copy(fleet_of_tests.__file__, tmp_path)
+    (tmp_path / "models.toml").write_text(MODELS)
+    return tmp_path / "models.toml"
+
+
+@pytest.fixture
+def redis():
+    with EmbeddedRedis() as server:
+        yield server
+
+
+@pytest.fixture
+def short_lease(monkeypatch):
+    monkeypatch.setenv("NOGRAD_LEASE_S", "3")
+
+
+@pytest.fixture
+def launch(redis, models, tmp_path):
+    """A worker under the launcher, which starts it again when it dies."""
+    processes = []
+
+    def launch():
+        log = (tmp_path / f"launcher{len(processes)}.log").open("wb")
+        command = [sys.executable, "-m", "nograd.producer.cli", "worker", "--models", models, "--gpus", "none"]
+        env = {**os.environ, "NOGRAD_REDIS_URL": redis.url}
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+        processes.append(process)
+        return process
+
+    yield launch
+    for process in processes:
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.mark.parametrize("how", ["exit", "segfault", "crash in prepare"])
+def test_a_job_that_kills_workers_ends_in_the_dead_list_and_its_neighbours_succeed(
+    redis, models, launch, short_lease, how
+):
+    with Client(redis.url, models=models) as client:
+        jobs = client.submit_many("killer", [*range(20), how, *range(20, 40)])
+        launch()
+        with pytest.raises(WorkerDied, match="3 workers died"):
+            jobs[20].result(150)
+        assert [job.result(60) for n, job in enumerate(jobs) if n != 20] == list(range(40))
+        (letter,) = transport.DeadLetters(client.app.backend.client)
+        assert letter["task_id"] == jobs[20].id
+        assert letter["deliveries"] == 3
+
+
+def test_a_killed_worker_loses_nothing(redis, models, start_worker, short_lease):
+    with Client(redis.url, models=models) as client:
+        jobs = client.submit_many("killer", list(range(600)))
+        for _ in range(3):
+            worker = start_worker(models, redis_url=redis.url)
+            while all(not job.done() for job in jobs[::50]):
+                time.sleep(0.02)
+            worker.process.send_signal(signal.SIGKILL)
+            worker.process.wait()
+        start_worker(models, redis_url=redis.url)
+        assert [job.result(120) for job in jobs] == list(range(600))
+
+
+def test_a_worker_can_be_stopped_while_redis_is_away(redis, models, start_worker):
+    worker = start_worker(models, redis_url=redis.url)
+    with Client(redis.url, models=models) as client:
+        client.submit("slow", 2)
+        time.sleep(1)
+        os.kill(redis.pid, signal.SIGKILL)
+        worker.process.terminate()
+        worker.process.wait(90)
+
+
+def test_a_cold_shutdown_waits_for_nothing(redis, models, start_worker):
+    worker = start_worker(models, redis_url=redis.url)
+    with Client(redis.url, models=models) as client:
+        job = client.submit("slow", 60)
+        time.sleep(1)
+        worker.process.send_signal(signal.SIGQUIT)
+        worker.process.wait(30)
+        assert job.state != "FAILURE"
+
+
+def test_a_model_that_takes_long_to_load_can_be_interrupted(redis, models, start_worker, tmp_path):
+    (tmp_path / "lazy.py").write_text(
+        "import time\n"
+        "class Lazy:\n"
+        "    def load(self, device): time.sleep(100)\n"
+        "    def forward(self, batch): return batch\n"
+    )
+    models.write_text('[lazy]\nloader = "python"\nclass = "lazy:Lazy"\n')
+    worker = start_worker(models, ready=False, redis_url=redis.url)
+    while "nograd.lazy" not in worker.text():
+        time.sleep(0.1)
+    time.sleep(1)
+    assert worker.stop(timeout=30) == 0
