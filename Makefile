@@ -10,7 +10,10 @@ TORCH_INDEX ?=
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test test-long test-gpu lint format bench clean
+# Files of tests at a time. Most of them wait for processes and leases.
+TEST_PROCESSES ?= 3
+
+.PHONY: install demo test test-long test-gpu chaos lint format bench clean
 
 install: $(VENV)/.installed  ## make .venv with everything in it
 
@@ -25,10 +28,13 @@ demo: install  ## private Redis, a worker, Flower; six models answer real inputs
 	$(BIN)/nograd demo $(DEMO_ARGS)
 
 test: lint  ## what CI runs
-	$(BIN)/pytest -m 'not slow and not gpu' $(PYTEST_ARGS)
+	$(BIN)/pytest -m 'not slow and not gpu' --numprocesses $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 test-long: install  ## the tests that take minutes
 	$(BIN)/pytest -m 'slow and not gpu' --timeout 1800 $(PYTEST_ARGS)
+
+chaos: install  ## kill, freeze and cut real workers and Redis, then check the history: make chaos ARGS="--rounds 40 --seed 1"
+	$(BIN)/python benchmarks/chaos $(ARGS)
 
 test-gpu: install  ## on a machine with a CUDA device
 	$(BIN)/pytest -m gpu $(PYTEST_ARGS)

@@ -45,6 +45,7 @@ class Item:
         job: the message it came with, and ``index`` its place there.
         arrived: when it was put in, in seconds of the backlog's clock.
         deadline: when it is no use any more, on the same clock; None for never.
+        late: makes ``prepared`` on the device thread, for an input that may crash the process; None if it is made.
     """
 
     model: str
@@ -54,6 +55,7 @@ class Item:
     index: int = 0
     arrived: float = 0.0
     deadline: float | None = None
+    late: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

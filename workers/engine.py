@@ -22,7 +22,15 @@ from typing import Any, Protocol
 import torch
 from celery.worker.state import maybe_shutdown
 
-from nograd.tasks.errors import DeadlinePassed, JobError, ModelFailed, OutputMismatch, Overloaded
+from nograd.tasks.errors import (
+    DeadlinePassed,
+    InvalidInput,
+    JobError,
+    ModelFailed,
+    NogradError,
+    OutputMismatch,
+    Overloaded,
+)
 from nograd.tasks.modelfile import ModelFile
 from nograd.tasks.predict import Outcome
 
@@ -155,7 +163,7 @@ class Engine:
         for item in batch.items:
             if item.job.abandoned():
                 self._on_abandoned(item.job)
-            else:
+            elif self._prepared(item):
                 items.append(item)
         if not items:
             return
@@ -170,6 +178,24 @@ class Engine:
         stats.failed += sum(outcome.error is not None for outcome in outcomes)
         for item, outcome in zip(items, outcomes, strict=True):
             item.job.resolve(item.index, outcome)
+
+    def _prepared(self, item: Item) -> bool:
+        """Prepare what was left for here, where nothing else runs that could be blamed for a crash."""
+        if item.late is None:
+            return True
+        self._on_forward([item.job])
+        try:
+            item.prepared = item.late()
+        except BaseException as err:  # noqa: BLE001 - a model's own code; its item fails
+            item.job.resolve(item.index, Outcome(error=as_invalid(err)))
+            self._on_forward([])
+            return False
+        return True
+
+
+def as_invalid(err: BaseException) -> NogradError:
+    """What a failed preparation tells the caller."""
+    return err if isinstance(err, NogradError) else InvalidInput(f"prepare raised {type(err).__name__}: {err}")
 
 
 def run_isolated(

@@ -27,6 +27,7 @@ from nograd.tasks.predict import Outcome
 
 from .batching import BatchQueue, Item
 from .crew import Crew
+from .engine import as_invalid
 from .message import UNREADABLE, Message
 from .models import HostedModel
 from .settle import Settler
@@ -113,14 +114,21 @@ class Preparer:
         message.expect(len(inputs), self._settler.submit)
         model = message.model
         assert model is not None
+        if message.alone:
+            items = [_left_for_later(message, model, index, wire) for index, wire in enumerate(inputs)]
+        else:
+            items = self._prepare_items(message, model, inputs)
+        if items:
+            self._batches.put(items, message.deadline)  # refused only at shutdown, when dropping them is right
+
+    def _prepare_items(self, message: Message, model: HostedModel, inputs: list[Any]) -> list[Item]:
         risky = model.spec.kind in RISKY_KINDS
         if risky:
             transport.suspect([message.delivery], threading.current_thread().name)
         items = [item for index, wire in enumerate(inputs) if (item := _prepare_item(message, model, index, wire))]
         if risky:
             transport.suspect([], threading.current_thread().name)
-        if items:
-            self._batches.put(items, message.deadline)  # refused only at shutdown, when dropping them is right
+        return items
 
     def _read(self, message: Message) -> list[Any]:
         """Decode the body; fill in the message's model and parameters; its inputs.
@@ -198,14 +206,27 @@ def _prepare_item(message: Message, model: HostedModel, index: int, wire: Any) -
     """Prepare one input, or resolve it with its own error."""
     try:
         prepared = model.prepare(decode_input(wire), message.params)
-        group = (model.bucket(prepared), _freeze(message.params), message.id if message.alone else None)
+        group = (model.bucket(prepared), _freeze(message.params))
         hash(group)
-        return Item(model.name, group, prepared, message, index)
-    except NogradError as err:
-        message.resolve(index, Outcome(error=err))
     except BaseException as err:  # noqa: BLE001 - user code; its item fails
-        message.resolve(index, Outcome(error=InvalidInput(f"prepare raised {type(err).__name__}: {err}")))
-    return None
+        message.resolve(index, Outcome(error=as_invalid(err)))
+        return None
+    return Item(model.name, group, prepared, message, index)
+
+
+def _left_for_later(message: Message, model: HostedModel, index: int, wire: Any) -> Item:
+    """An input over which a worker may have died: prepared and run on the device thread, in a batch of its own.
+
+    So nothing else is on the device or in its preparation if it kills this worker as well, and nobody else is blamed.
+    """
+    return Item(
+        model.name,
+        ("alone", message.id, index),
+        None,
+        message,
+        index,
+        late=lambda: model.prepare(decode_input(wire), message.params),
+    )
 
 
 def _freeze(params: Mapping[str, Any]) -> bytes:

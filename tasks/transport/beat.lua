@@ -4,7 +4,7 @@
 -- own visibility timeout, leaves alone what is being worked on. Names expired leases of anybody, unless this command was
 -- stuck on its way: after a freeze or an outage the living must have the time to beat first.
 --
--- KEYS  leases, unacked_index, the suspects of this holder
+-- KEYS  leases, unacked_index
 -- ARGV  1 lease in ms   2 Redis time in ms by which this should run, or 0   3 most expired leases to name
 --       then the lease ids held
 -- Reply Redis time in ms, 1 if on time, number of lost leases, those, then the expired ones
@@ -29,7 +29,6 @@ if #ARGV > HEAD then
   if #leases > 0 then
     redis.call('ZADD', KEYS[1], 'XX', unpack(leases))
     redis.call('ZADD', KEYS[2], 'XX', unpack(index))
-    redis.call('PEXPIRE', KEYS[3], 4 * tonumber(ARGV[1]))
   end
 end
 local reply = {string.format('%.0f', now), by > 0 and now <= by and 1 or 0, #lost}

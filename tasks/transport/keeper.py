@@ -247,7 +247,9 @@ class Keeper:
             every = [i for each in self._stages.values() for i in each]
             value = "\n" + "\n".join(every) + "\n" if every else ""
             try:
-                self._marks.send([("SET", self._suspects_key(self.holder), value, "PX", 4 * self.terms.lease_ms)])
+                key = self._suspects_key(self.holder)
+                command: Command = ("SET", key, value, "PX", names.SUSPECTS_TTL_MS) if value else ("DEL", key)
+                self._marks.send([command])
             except (RedisError, OSError) as err:
                 logger.debug("suspects were not written: %s", err)
 
@@ -271,7 +273,7 @@ class Keeper:
             sent = time.monotonic()
             by = self._redis_ms(sent) if sent >= self._sweep_after else 0
             chunks = [leases[k : k + PER_CALL] for k in range(0, len(leases), PER_CALL)] or [[]]
-            keys = [self.keys.prefix + names.LEASES, self.keys.unacked_index, self._suspects_key(self.holder)]
+            keys = [self.keys.prefix + names.LEASES, self.keys.unacked_index]
             commands = [
                 BEAT.call(keys, [self.terms.lease_ms, by if k == 0 else 0, PER_CALL, *(lease.id for lease in chunk)])
                 for k, chunk in enumerate(chunks)

@@ -10,8 +10,11 @@ LEASES: Final = "_nograd.leases"
 DELIVERIES: Final = "_nograd.deliveries"
 #: ms `DELIVERIES` is kept after its last change (messages that were purged leave an entry behind)
 DELIVERIES_TTL_MS: Final = 7 * 24 * 3600 * 1000
-#: string per process, the lease ids on its device or in preparation; expires with its leases
+#: string per process, the lease ids on its device or in preparation
 SUSPECTS: Final = "_nograd.suspects."
+#: ms `SUSPECTS` is kept: until somebody finds the leases of a dead process, which may be its own successor, started
+#: long after it. Removed as soon as nothing is on the device
+SUSPECTS_TTL_MS: Final = 7 * 24 * 3600 * 1000
 #: list per queue and priority, at most one token
 BELL: Final = "_nograd.bell."
 #: ms an unheard bell is kept; a consumer that was busy for longer looks before it waits anyway

@@ -65,7 +65,12 @@ def launch(redis, models, tmp_path):
         process.wait(60)
 
 
-@pytest.mark.parametrize("how", ["exit", "segfault", "crash in prepare"])
+_slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "how", [pytest.param("exit", marks=_slow), "segfault", pytest.param("crash in prepare", marks=_slow)]
+)
 def test_a_job_that_kills_workers_ends_in_the_dead_list_and_its_neighbours_succeed(
     redis, models, launch, short_lease, how
 ):
@@ -98,7 +103,7 @@ def test_a_worker_can_be_stopped_while_redis_is_away(redis, models, start_worker
     with Client(redis.url, models=models) as client:
         client.submit("slow", 2)
         time.sleep(1)
-        os.kill(redis.pid, signal.SIGKILL)
+        os.kill(redis.process.pid, signal.SIGKILL)
         worker.process.terminate()
         worker.process.wait(90)
 
