@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from .dead import dead
 from .demo import demo
 from .fleet import flower, status, up, worker
 from .jobs import cancel, result, submit
@@ -16,5 +17,5 @@ def cli() -> None:
     """Asynchronous inference workers for PyTorch models, on Celery and Redis."""
 
 
-for command in (up, worker, models, submit, result, cancel, status, flower, demo):
+for command in (up, worker, models, submit, result, cancel, status, dead, flower, demo):
     cli.add_command(command)

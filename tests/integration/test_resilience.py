@@ -1,5 +1,7 @@
 """Workers die, Redis goes away: no job is lost, no innocent pays for a neighbour, nothing hangs."""
 
+import base64
+import json
 import os
 import shutil
 import signal
@@ -68,6 +70,11 @@ def launch(redis, models, tmp_path):
 _slow = pytest.mark.slow
 
 
+def nograd(*args, redis):
+    command = [sys.executable, "-m", "nograd.producer.cli", *args, "--json", "--redis", redis.url]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
 @pytest.mark.parametrize(
     "how", [pytest.param("exit", marks=_slow), "segfault", pytest.param("crash in prepare", marks=_slow)]
 )
@@ -83,6 +90,16 @@ def test_a_job_that_kills_workers_ends_in_the_dead_list_and_its_neighbours_succe
         (letter,) = transport.DeadLetters(client.app.backend.client)
         assert letter["task_id"] == jobs[20].id
         assert letter["deliveries"] == 3
+        assert json.loads(nograd("dead", "list", redis=redis)) == {"dead": [letter]}
+        assert (
+            how
+            in base64.b64decode(
+                json.loads(json.loads(nograd("dead", "show", letter["id"], redis=redis))["message"])["body"]
+            ).decode()
+        )
+        nograd("dead", "replay", letter["id"], redis=redis)
+        assert len(transport.DeadLetters(client.app.backend.client)) == 0
+        assert not jobs[20].done()  # it has another chance, and its old failure is forgotten
 
 
 def test_a_killed_worker_loses_nothing(redis, models, start_worker, short_lease):
