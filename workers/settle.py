@@ -21,8 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from celery.app import trace as celery_trace
 from celery.utils.saferepr import saferepr
-from kombu.exceptions import EncodeError
-from redis.exceptions import RedisError
 
 from nograd.tasks.errors import JobError, NogradError
 from nograd.tasks.predict import Outcome
@@ -102,13 +100,13 @@ class Settler:
             return _Success(
                 message, outcome.value, self._store.encode(message.request_dict, args, kwargs, outcome.value)
             )
-        except (EncodeError, TypeError, ValueError, OverflowError, RecursionError):
-            return None  # the complete path knows how to say that a result cannot be stored
+        except Exception:  # noqa: BLE001 - whatever a result does to a serializer; the complete path stores a failure
+            return None
 
     def _put(self, fast: list[_Success]) -> None:
         try:
             self._store.put([success.stored for success in fast if success.stored is not None])
-        except (RedisError, OSError) as err:
+        except Exception as err:  # noqa: BLE001 - claimed messages must not be left without their end
             logger.warning("%d results could not be stored at once (%s); storing them one by one", len(fast), err)
             for success in fast:
                 self._tracers.submit((success.message, Outcome(value=success.value)))

@@ -279,11 +279,12 @@ def test_ignore_result_stores_nothing(app):
 
 
 def test_a_job_revoked_while_it_waits_for_the_device_never_runs(app, worker):
-    front = send(app, "slow", 2)
+    front = send(app, "slow", 3)
+    time.sleep(0.7)  # preparing threads may overtake each other
     waiting = send(app, "slow", 0)
     time.sleep(0.7)  # both are in the worker now: the first on the device, the second behind it
     app.control.revoke(waiting.id)
-    assert front.get(timeout=TIMEOUT) == 2
+    assert front.get(timeout=TIMEOUT) == 3
     error_of(waiting)
     assert waiting.state == "REVOKED"
 
