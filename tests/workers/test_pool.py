@@ -291,6 +291,7 @@ def test_a_job_revoked_while_it_waits_for_the_device_never_runs(app, worker):
 
 def test_a_job_that_expires_is_revoked(app):
     front = send(app, "slow", 1.5)
+    time.sleep(0.4)
     result = predict_of(app).apply_async(("slow", 0), expires=0.5)
     front.get(timeout=TIMEOUT)
     error_of(result)
@@ -311,6 +312,7 @@ def test_terminating_a_running_job_frees_its_caller_and_not_the_worker(app, work
 
 def test_a_job_past_its_timeout_never_reaches_the_device(app):
     front = send(app, "slow", 1.5)
+    time.sleep(0.4)
     late = send(app, "hurried", 0)
     assert isinstance(error_of(late), errors.DeadlinePassed)
     front.get(timeout=TIMEOUT)
