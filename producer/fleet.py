@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import importlib.util
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -79,6 +80,7 @@ class Fleet:
         require_worker()
         if self.flower_port is not None:
             require_flower()
+            _require_free(self.flower_port)
         load_model_file(self.models)  # a wrong file is told here, in one line, not from a worker's log
         with contextlib.ExitStack() as stack:
             self.url = self._open_redis(stack)
@@ -188,6 +190,13 @@ def require_worker() -> None:
     """
     if importlib.util.find_spec("torch") is None:
         raise ConfigError("workers need torch and its family: pip install 'nograd[worker]'")
+
+
+def _require_free(port: int) -> None:
+    try:
+        socket.create_server((HOST, port)).close()
+    except OSError:
+        raise ConfigError(f"port {port} is taken; give Flower another with --port, or --no-flower") from None
 
 
 def require_flower() -> None:

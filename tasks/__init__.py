@@ -17,8 +17,12 @@ from .errors import (
     UnknownModel,
     WorkerDied,
 )
-from .predict import predict
+from .keys import PREDICT_TASK
+from .predict import predict as _  # noqa: F401 - declares the task for every app
 from .settings import Settings
+
+#: the task of our own app (`app`); another app finds its own under the same name
+predict = app.tasks[PREDICT_TASK]
 
 __all__ = [
     "BrokerUnavailable",

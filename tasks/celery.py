@@ -13,7 +13,7 @@ from celery import Celery
 from celery.signals import celeryd_init
 from kombu import Queue
 
-from .errors import ConfigError
+from .errors import ConfigError, InvalidInput
 from .keys import PREDICT_TASK, queue_name
 from .modelfile import load_model_file
 from .settings import Settings
@@ -105,7 +105,12 @@ def route(name: str, args: Any, kwargs: Any, options: Any, task: Any = None, **_
     if name != PREDICT_TASK:
         return None
     model = (kwargs or {}).get("model") or next(iter(args or ()), None)
-    return {"queue": queue_name(model)} if isinstance(model, str) else None
+    if not isinstance(model, str):
+        # A chain whose next prediction does not name its model would wait in a queue nobody reads.
+        raise InvalidInput(
+            f"{PREDICT_TASK}: {type(model).__name__} is no model; in a chain, name it: predict.s(model=…)"
+        )
+    return {"queue": queue_name(model)}
 
 
 def configure_worker(app: Celery, settings: Settings, concurrency: int | None = None) -> None:
@@ -140,7 +145,7 @@ def _configure_own_worker(instance: Any = None, options: dict[str, Any] | None =
     options = options or {}
     settings = Settings.from_env()
     try:
-        _check_pool(options.get("pool_cls"))
+        _check_pool(options.get("pool_cls") or options.get("pool"))  # from Python, or from the command line
         configure_worker(app, settings, options.get("concurrency"))
     except ConfigError as err:
         sys.stderr.write(f"nograd: the worker does not start: {err.message}\n")

@@ -80,7 +80,7 @@ def cancel(run: Run, *, ids: tuple[str, ...]) -> int:
     with run.client() as client:
         client.broker.revoke(ids)
     for job_id in ids:
-        run.emit({"id": job_id, "cancelled": True}, f"{job_id} cancelled")
+        run.emit({"id": job_id, "requested": True}, f"{job_id}: cancel requested of the workers that are up")
     return 0
 
 

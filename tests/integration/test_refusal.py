@@ -14,14 +14,14 @@ GOOD = '[m]\nloader = "module"\nclass = "fleet_of_tests:Dropout"\nweights = "w.p
 def refuse(redis_url, tmp_path, monkeypatch):
     """Start a worker on a model file and return what it says; it must exit with 2."""
 
-    def refuse(text):
+    def refuse(text, *args, names_file=True):
         path = tmp_path / "models.toml"
         path.write_text(text)
         monkeypatch.setenv("NOGRAD_REDIS_URL", redis_url)
         monkeypatch.setenv("NOGRAD_MODELS", str(path))
         monkeypatch.setenv("PYTHONPATH", str(path.parents[0]))
         done = subprocess.run(
-            [sys.executable, "-m", "celery", "-A", "nograd.tasks", "worker", "-c", "4"],
+            [sys.executable, "-m", "celery", "-A", "nograd.tasks", "worker", "-c", "4", *args],
             capture_output=True,
             text=True,
             timeout=120,
@@ -30,7 +30,7 @@ def refuse(redis_url, tmp_path, monkeypatch):
         )
         said = done.stdout + done.stderr
         assert done.returncode == 2, said
-        assert str(path) in said
+        assert str(path) in said or not names_file
         assert "Traceback" not in said
         assert " ready." not in said
         return said
@@ -42,6 +42,11 @@ def refuse(redis_url, tmp_path, monkeypatch):
     shutil.copy(fleet_of_tests.__file__, tmp_path)
     torch.save(fleet_of_tests.Dropout().state_dict(), tmp_path / "w.pth")
     return refuse
+
+
+@pytest.mark.parametrize("pool", ["solo", "threads"])
+def test_a_pool_that_cannot_batch(refuse, pool):
+    assert f"-P celery.concurrency.{pool.removesuffix('s')}" in refuse(GOOD, "-P", pool, names_file=False)
 
 
 def test_an_unknown_key(refuse):
