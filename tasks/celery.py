@@ -106,6 +106,8 @@ def route(name: str, args: Any, kwargs: Any, options: Any, task: Any = None, **_
         return None
     model = (kwargs or {}).get("model") or next(iter(args or ()), None)
     if not isinstance(model, str):
+        if (options or {}).get("queue"):
+            return None  # the sender knows where; the worker answers
         # A chain whose next prediction does not name its model would wait in a queue nobody reads.
         raise InvalidInput(
             f"{PREDICT_TASK}: {type(model).__name__} is no model; in a chain, name it: predict.s(model=…)"
