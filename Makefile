@@ -1,4 +1,4 @@
-# Five commands: install, demo, test, lint, bench.
+# The main ones: install, demo, test, lint, bench. Each target says what it does.
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -20,7 +20,6 @@ MODELS_RENEW_S: Final = 30
 #: seconds a result is kept if nobody says otherwise (``NOGRAD_RESULT_TTL_S``)
 RESULT_TTL_S: Final = 24 * 3600
 
-
 #: seconds a worker may be silent before its jobs are given to others (``NOGRAD_LEASE_S``)
 LEASE_S: Final = 30
 

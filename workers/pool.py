@@ -138,7 +138,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self.on_close()
 
     def terminate_job(self, pid: int, signal: Any = None) -> None:
-        """Nothing: ``pid`` is this very process. `Message.terminate` is what ends a job here."""
+        """Nothing: ``pid`` is this very process. `Handle.terminate` is what ends a job here."""
 
     # -- work --------------------------------------------------------------------------------------------------------
 

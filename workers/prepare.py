@@ -31,6 +31,7 @@ from .engine import as_invalid
 from .message import UNREADABLE, Message
 from .models import HostedModel
 from .settle import Settler
+from .trace import as_job_error
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +91,7 @@ class Preparer:
                 self._prepare(message)
             except BaseException as err:
                 logger.exception("a message could not be prepared; it fails")
-                error = err if isinstance(err, NogradError) else JobError(f"{type(err).__name__}: {err}")
-                self._settler.submit(message, Outcome(error=error))
+                self._settler.submit(message, Outcome(error=as_job_error(err)))
 
     def _prepare(self, message: Message) -> None:
         if not message.begin():

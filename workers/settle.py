@@ -22,12 +22,11 @@ from typing import TYPE_CHECKING, Any
 from celery.app import trace as celery_trace
 from celery.utils.saferepr import saferepr
 
-from nograd.tasks.errors import JobError, NogradError
 from nograd.tasks.predict import Outcome
 
 from .crew import Crew
 from .store import ResultStore
-from .trace import end_with_error, trace_outcome
+from .trace import as_job_error, end_with_error, trace_outcome
 
 if TYPE_CHECKING:
     from .message import Message
@@ -138,4 +137,4 @@ def _outcome(message: Message) -> Outcome:
         return message.outcome()
     except BaseException as err:
         logger.exception("the outcome of a message could not be put together; it fails")
-        return Outcome(error=err if isinstance(err, NogradError) else JobError(f"{type(err).__name__}: {err}"))
+        return Outcome(error=as_job_error(err))

@@ -20,7 +20,7 @@ from typing import Any
 from billiard.einfo import ExceptionInfo
 from celery.exceptions import Ignore, Reject, Retry
 
-from nograd.tasks.errors import JobError
+from nograd.tasks.errors import JobError, NogradError
 from nograd.tasks.predict import Outcome, traced_outcome
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,11 @@ def _survivable(einfo: ExceptionInfo) -> ExceptionInfo:
     if isinstance(cause, MemoryError | SystemExit | KeyboardInterrupt):
         einfo.exception = JobError(f"{type(cause).__name__}: {cause}")
     return einfo
+
+
+def as_job_error(err: BaseException) -> NogradError:
+    """The outcome of a message that met an error nobody foresaw: ours as it is, any other by its name."""
+    return err if isinstance(err, NogradError) else JobError(f"{type(err).__name__}: {err}")
 
 
 def end_with_error(celery: Callbacks, err: BaseException) -> None:
