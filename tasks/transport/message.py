@@ -6,8 +6,8 @@ import codecs
 from typing import Any
 
 from kombu.transport import virtual
-from kombu.utils.json import loads
 
+from .decode import is_kombus, loads
 from .errors import Malformed
 from .lease import Lease
 
@@ -32,6 +32,16 @@ class Message(virtual.Message):  # type: ignore[misc]
         self.lease: Lease | None = getattr(payload, "lease", None)
         if self.lease is not None:
             self.delivery_tag = self.lease.id
+
+    def _decode(self) -> Any:
+        """The body; kombu keeps what this returns."""
+        accepted = self.accept is None or self.content_type in self.accept
+        if accepted and isinstance(self.body, bytes) and is_kombus(self.content_type, self.content_encoding):
+            try:
+                return loads(self.body.decode("utf-8"))
+            except ValueError:
+                pass  # kombu wraps it in an error of its own
+        return super()._decode()
 
 
 def read(raw: bytes, lease: Lease | None) -> Envelope:
