@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import decimal
 import json
 import math
@@ -39,7 +39,7 @@ def test_what_is_no_json_is_refused_alike(text):
 
 @pytest.mark.parametrize(
     "value",
-    [datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC), decimal.Decimal("1.10"), uuid.UUID(int=7), b"bytes"],
+    [dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC), decimal.Decimal("1.10"), uuid.UUID(int=7), b"bytes"],
 )
 def test_kombus_typed_values_are_rebuilt(value):
     text = kombu_json.dumps([value])
