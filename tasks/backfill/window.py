@@ -1,0 +1,168 @@
+"""Which chunks of a backfill are on their way: hints in Redis, never the truth.
+
+::
+
+    missing ──top_up──► queued ──claim──► running ──release──► (committed in storage, or missing again)
+                          └── nobody claims it in QUEUED_S ──► missing again
+
+Laws:
+
+* What is done is said by storage alone. Whoever empties Redis makes chunks run again; the first commit wins, and the
+  committed bytes are the same.
+* Anybody may top up at any time (the driver, the CLI, a worker that has finished a chunk): a chunk is issued to one of
+  them only, and no more chunks are on their way than the workers need.
+* A chunk is run by one worker at a time, as long as that one renews its claim. A worker that was frozen longer loses
+  it; what it commits afterwards loses, too.
+* A chunk that killed its worker leaves what it was about to run (its *cursor*), so that the next attempt runs those
+  rows apart.
+* Every key has a TTL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, Final, Literal
+
+import msgspec
+
+#: seconds a worker may be silent before its chunk is given to another
+CLAIM_S: Final = 30.0
+#: seconds a chunk may wait in its queue before it is issued again. Too short costs a duplicate that ends at its first
+#: look; only a message that was lost (a FLUSHALL) needs it
+QUEUED_S: Final = 900.0
+#: seconds the keys of a backfill are kept after their last use
+KEPT_S: Final = 7 * 24 * 3600
+#: chunks that wait beyond one for each that runs, so that a worker that joins finds one
+SPARE: Final = 2
+
+#: what an operator wants of a backfill
+Wish = Literal["run", "pause", "cancel"]
+
+_SCRIPT = files(__package__).joinpath("window.lua").read_text(encoding="utf-8")
+
+
+class Cursor(msgspec.Struct, frozen=True):
+    """The rows a chunk's attempt is about to run, by their place in the chunk.
+
+    Attributes:
+        first: the first row.
+        count: how many.
+        deaths: attempts that have ended, unannounced, over exactly these rows.
+    """
+
+    first: int
+    count: int
+    deaths: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """How many chunks are on their way."""
+
+    queued: int
+    running: int
+
+
+class Window:
+    """The hints of one backfill.
+
+    Any thread and any process may use it.
+
+    Args:
+        client: a Redis client.
+        job: the backfill's id.
+
+    Raises:
+        redis.RedisError: from each method, if Redis fails.
+    """
+
+    def __init__(self, client: Any, job: str) -> None:
+        self._client = client
+        self._script = client.register_script(_SCRIPT)
+        self._prefix = f"nograd:backfill:{job}:"
+        self._keys = [self._prefix + name for name in ("queued", "running", "owners", "cursors")]
+
+    def top_up(self, missing: Iterable[int], most: int, spare: int = SPARE) -> list[int]:
+        """Choose the chunks to send now.
+
+        Args:
+            missing: chunks without a commit, in the order in which to run them; only as many are looked at as there are
+                on their way and to be issued.
+            most: chunks to issue, at most.
+            spare: chunks that wait although no worker runs one.
+        """
+        # One queued for each running, so that a worker goes on without waiting for this; and the spare ones.
+        traffic = self.traffic()
+        room = min(most, traffic.running + spare - traffic.queued)
+        if room <= 0:
+            return []
+        looked_at = _first(missing, traffic.queued + traffic.running + room)
+        issued = self._call("issue", room, int(QUEUED_S * 1000), *looked_at)
+        return [int(chunk) for chunk in issued]
+
+    def claim(self, chunk: int, owner: str) -> bool:
+        """Take a chunk, or renew the claim on it; False if another owner is alive."""
+        return bool(self._call("claim", chunk, owner, int(CLAIM_S * 1000)))
+
+    def release(self, chunk: int, owner: str) -> None:
+        """End the claim and forget the cursor; nothing if another has the chunk by now."""
+        self._call("release", chunk, owner)
+
+    def forget(self, chunk: int) -> None:
+        """The message of a chunk could not be sent: it is missing again."""
+        self._call("forget", chunk)
+
+    def traffic(self) -> Traffic:
+        """How many chunks are on their way."""
+        queued, running = self._call("count")
+        return Traffic(int(queued), int(running))
+
+    def running(self) -> dict[int, str]:
+        """The chunks that run, and who runs them."""
+        flat = self._call("list")
+        return {int(chunk): _text(owner) for chunk, owner in zip(flat[::2], flat[1::2], strict=True)}
+
+    def note(self, chunk: int, cursor: Cursor) -> None:
+        """Say which rows come next: if the process dies now, it was over one of these."""
+        self._client.hset(self._keys[3], str(chunk), msgspec.json.encode(cursor))
+
+    def cursor(self, chunk: int) -> Cursor | None:
+        """What an attempt that has died was about to run; None if there was none."""
+        stored = self._client.hget(self._keys[3], str(chunk))
+        try:
+            return None if stored is None else msgspec.json.decode(stored, type=Cursor)
+        except msgspec.MsgspecError:
+            return None  # a hint of another version
+
+    @property
+    def wish(self) -> Wish | None:
+        """What the operator wants, if Redis remembers."""
+        stored = self._client.get(self._prefix + "wish")
+        text = _text(stored) if stored is not None else ""
+        return text if text in ("run", "pause", "cancel") else None  # type: ignore[return-value]
+
+    @wish.setter
+    def wish(self, wish: Wish) -> None:
+        self._client.set(self._prefix + "wish", wish, ex=KEPT_S)
+
+    def clear(self) -> None:
+        """Remove all hints."""
+        self._client.delete(*self._keys, self._prefix + "wish")
+
+    def _call(self, what: str, *args: str | int) -> Any:
+        return self._script(keys=self._keys, args=[what, KEPT_S, *args])
+
+
+def _first(values: Iterable[int], most: int) -> list[int]:
+    taken: list[int] = []
+    for value in values:
+        if len(taken) >= most:
+            break
+        taken.append(value)
+    return taken
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
