@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
+
+from .resources import Resources
 
 
 def default_device() -> torch.device:
@@ -12,3 +16,19 @@ def default_device() -> torch.device:
     device is always the first.
     """
     return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+
+
+def configure(resources: Resources) -> None:
+    """Hold torch to a worker's share of the machine. Once per process, before its first forward."""
+    torch.set_num_threads(resources.torch_threads)
+    with contextlib.suppress(RuntimeError):  # it may be set once, and another program in this process may have
+        torch.set_num_interop_threads(resources.torch_threads)
+    if resources.tf32 is not None:
+        # By the older names: after the newer `fp32_precision`, whoever reads the older ones gets an error (torch 2.15).
+        torch.backends.cuda.matmul.allow_tf32 = resources.tf32
+        torch.backends.cudnn.allow_tf32 = resources.tf32
+
+
+def threads() -> dict[str, int]:
+    """Threads torch uses, for ``inspect stats``."""
+    return {"torch": torch.get_num_threads(), "torch_interop": torch.get_num_interop_threads()}

@@ -6,6 +6,7 @@ Laws:
 * Every worker has a node name of its own: Celery and Flower merge workers that share one.
 * A worker that ends by itself is started again, after a pause that doubles while it keeps dying. One that refuses its
   configuration (exit code 2) is not: starting it again cannot help, and the whole launch ends with 2.
+* The workers share the cores of the machine among them (`nograd.workers.resources`).
 * SIGTERM and SIGINT reach every worker, which then finishes what is on its device; a killed launcher takes them along.
 
 The launcher itself never imports torch: it must not touch CUDA before its children do.
@@ -27,7 +28,11 @@ from itertools import takewhile
 from pathlib import Path
 
 from nograd.tasks.errors import ConfigError
+from nograd.tasks.keys import queue_name
 from nograd.tasks.lifeline import end_with_parent
+from nograd.tasks.modelfile import load_model_file
+
+from .resources import MEMORY_BUDGET, read_size, share_of_cores
 
 logger = logging.getLogger(__name__)
 
@@ -107,13 +112,43 @@ class _Worker:
         return pause
 
 
-def run(models: Path, gpus: str = "all", concurrency: int | None = None, celery_args: Sequence[str] = ()) -> int:
+def run(
+    models: Path,
+    gpus: str = "all",
+    *,
+    concurrency: int | None = None,
+    only: Sequence[str] = (),
+    memory_budget: str | None = None,
+    celery_args: Sequence[str] = (),
+) -> int:
     """Run the workers of this machine until told to stop; the exit code for the shell.
 
+    Args:
+        models: the model file.
+        gpus: see `visible_gpus`.
+        concurrency: messages in flight in each worker.
+        only: the models these workers load; all of the file if there are none.
+        memory_budget: what the models of one worker may hold together, like ``10GB``.
+        celery_args: for ``celery worker``.
+
     Raises:
-        ConfigError: if ``gpus`` makes no sense.
+        ConfigError: if one of them makes no sense.
     """
-    workers = [_worker(gpu, models, concurrency, celery_args) for gpu in visible_gpus(gpus)]
+    devices = visible_gpus(gpus)
+    env = {
+        **os.environ,
+        **share_of_cores(len(devices)),
+        "NOGRAD_MODELS": str(models),
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # so that indices are those nvidia-smi shows
+    }
+    if memory_budget is not None:
+        env[MEMORY_BUDGET] = str(read_size(memory_budget, "--memory-budget"))
+    args = list(celery_args)
+    if concurrency is not None:
+        args += ["--concurrency", str(concurrency)]
+    if only:
+        args += ["-Q", ",".join(queue_name(name) for name in _known(models, only))]
+    workers = [_worker(gpu, env, args) for gpu in devices]
     stopping = threading.Event()
     previous = {number: signal.signal(number, lambda *_: stopping.set()) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -159,7 +194,15 @@ def _stop(workers: list[_Worker]) -> None:
         process.wait()
 
 
-def _worker(gpu: str, models: Path, concurrency: int | None, celery_args: Sequence[str]) -> _Worker:
+def _known(models: Path, only: Sequence[str]) -> Sequence[str]:
+    known = load_model_file(models).specs
+    for name in only:
+        if name not in known:
+            raise ConfigError(f"--only names {name!r}; the models of {models} are {', '.join(known)}")
+    return only
+
+
+def _worker(gpu: str, env: Mapping[str, str], celery_args: Sequence[str]) -> _Worker:
     # Mingle would wait a second for other workers at every start and reconnect, to learn which jobs were revoked before
     # this one came up; a revoke is a request to those that are up.
     command = [sys.executable, "-m", "celery", "-A", "nograd.tasks", "worker", "--without-gossip", "--without-mingle"]
@@ -167,15 +210,7 @@ def _worker(gpu: str, models: Path, concurrency: int | None, celery_args: Sequen
         command += ["--loglevel", "INFO"]
     if not any(arg.startswith(("-n", "--hostname")) for arg in celery_args):
         command += ["--hostname", f"nograd-{_name(gpu)}-{os.getpid()}@%h"]
-    if concurrency is not None:
-        command += ["--concurrency", str(concurrency)]
-    env = {
-        **os.environ,
-        "NOGRAD_MODELS": str(models),
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # so that indices are those nvidia-smi shows
-        "CUDA_VISIBLE_DEVICES": gpu,
-    }
-    return _Worker(gpu, [*command, *celery_args], env)
+    return _Worker(gpu, [*command, *celery_args], {**env, "CUDA_VISIBLE_DEVICES": gpu})
 
 
 def _name(gpu: str) -> str:

@@ -31,11 +31,13 @@ from nograd.tasks.keys import MODELS_RENEW_S, PREDICT_TASK, queue_name
 from nograd.tasks.modelfile import ModelFile, load_model_file
 from nograd.tasks.settings import Settings
 
+from . import device
 from .crew import Crew
 from .engine import Engine
 from .handle import Handle
 from .message import Message
 from .prepare import Preparer
+from .resources import Resources
 from .settle import Settler
 from .store import ResultStore
 from .trace import Callbacks, TraceArgs, trace
@@ -73,6 +75,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self.engine: Engine | None = None
         self.preparer: Preparer | None = None
         self.settler: Settler | None = None
+        self._threads: dict[str, int] = {}
         size = min(TASK_THREADS, max(1, self.limit or 1))
         self._tasks: Crew[Task] = Crew("nograd-task", size, _run_each)
         self._withdrawn: Crew[Handle] = Crew("nograd-withdraw", 1, _withdraw_each)
@@ -83,6 +86,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
     def on_start(self) -> None:
         """Load the models of the queues this worker consumes, then make them known."""
         try:
+            resources = Resources.from_env()
+            device.configure(resources)
             file = _model_file()
             self.engine = Engine(file, self._names(file), self._withdrawn.submit, _mark_suspects)
             self.engine.start()
@@ -94,8 +99,14 @@ class TaskPool(BasePool):  # type: ignore[misc]
         _, hostname = self.options.get("initargs") or (None, "")
         self.settler = Settler(ResultStore(self.app, task, hostname), task.resultrepr_maxsize)
         self.preparer = Preparer(
-            self.engine.models, self.engine.queue, self.settler, self.app.conf.accept_content, self._bury
+            self.engine.models,
+            self.engine.queue,
+            self.settler,
+            self.app.conf.accept_content,
+            self._bury,
+            resources.threads,
         )
+        self._threads = {"prepare": resources.threads, **device.threads()}
         for crew in (self.settler, self.preparer, self._tasks, self._withdrawn):
             crew.start()
         self._warn_of_small_batches()
@@ -209,6 +220,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         info: dict[str, Any] = super()._get_info()
         if self.engine is not None:
             info["device"] = str(self.engine.device)
+            info["threads"] = self._threads
             info["waiting_items"] = len(self.engine.queue)
             info["settled"] = dict(self.settler.counts) if self.settler is not None else {}
             info["models"] = {name: stats.as_dict() for name, stats in self.engine.stats.items()}

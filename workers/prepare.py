@@ -10,7 +10,6 @@ Laws:
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -51,23 +50,24 @@ class Preparer:
         settler: where messages go whose items all have their outcome.
         accept: content types of bodies.
         on_poison: called with a message over which too many workers have died, before it is settled.
+        threads: how many prepare at a time.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - what it owns and whom it tells
         self,
         models: Mapping[str, HostedModel],
         batches: BatchQueue,
         settler: Settler,
         accept: list[str] | None,
         on_poison: Callable[[Message, JobError], None],
+        threads: int,
     ) -> None:
         self._models = models
         self._batches = batches
         self._settler = settler
         self._accept = prepare_accept_content(accept)
         self._on_poison = on_poison
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._crew: Crew[Message] = Crew("nograd-prepare", cores, self._work)
+        self._crew: Crew[Message] = Crew("nograd-prepare", threads, self._work)
 
     def start(self) -> None:
         """Start the threads."""

@@ -24,8 +24,18 @@ _PORT = click.option("--port", type=click.IntRange(1, 65535), default=FLOWER_POR
 @command
 @_GPUS
 @_CONCURRENCY
+@click.option("--only", metavar="A,B", help="The models to load; default: all of the file.")
+@click.option("--memory-budget", metavar="SIZE", help="What the models of one worker may hold together, like 10GB.")
 @click.argument("celery_args", nargs=-1, type=click.UNPROCESSED)
-def worker(run: Run, *, gpus: str, concurrency: int | None, celery_args: tuple[str, ...]) -> int:
+def worker(
+    run: Run,
+    *,
+    gpus: str,
+    concurrency: int | None,
+    only: str | None,
+    memory_budget: str | None,
+    celery_args: tuple[str, ...],
+) -> int:
     """Run the workers of this machine: one process for each GPU, started again if it dies.
 
     What stands behind -- goes to `celery worker`.
@@ -35,7 +45,14 @@ def worker(run: Run, *, gpus: str, concurrency: int | None, celery_args: tuple[s
     require_worker()
     from nograd.workers.launcher import run as launch  # on demand: the client is installed without it
 
-    return launch(models=models, gpus=gpus, concurrency=concurrency, celery_args=celery_args)
+    return launch(
+        models=models,
+        gpus=gpus,
+        concurrency=concurrency,
+        only=[name.strip() for name in only.split(",")] if only else (),
+        memory_budget=memory_budget,
+        celery_args=celery_args,
+    )
 
 
 @command

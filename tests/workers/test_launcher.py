@@ -15,8 +15,18 @@ from nograd.producer import Client
 from nograd.tasks.errors import ConfigError
 from nograd.workers import launcher
 from nograd.workers.launcher import visible_gpus
+from nograd.workers.resources import usable_cores
 
-TINY = "class Doubler:\n    def load(self, device): pass\n    def forward(self, batch): return [2 * n for n in batch]\n"
+TINY = """
+import torch
+
+class Doubler:
+    def load(self, device): pass
+    def forward(self, batch): return [2 * n for n in batch]
+
+class Threads(Doubler):
+    def forward(self, batch): return [torch.get_num_threads() for _ in batch]
+"""
 #: seconds a worker has to start on a busy machine
 START_S = 120
 
@@ -106,10 +116,10 @@ def test_the_pause_before_a_restart_doubles_up_to_its_limit_however_often_a_work
 class Launched:
     """A launcher in a process of its own, and its log."""
 
-    def __init__(self, models, redis_url, gpus, log):
+    def __init__(self, models, redis_url, gpus, log, args=(), env=None):
         self.log = log
-        words = ["worker", "--models", str(models), "--gpus", gpus]
-        environment = {**os.environ, "NOGRAD_REDIS_URL": redis_url}
+        words = ["worker", "--models", str(models), "--gpus", gpus, *args]
+        environment = {**os.environ, "NOGRAD_REDIS_URL": redis_url, **(env or {})}
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "nograd.producer.cli", *words], env=environment, stdout=out, stderr=out
@@ -146,6 +156,8 @@ def models(tmp_path_factory):
     (folder / "doubling_of_launcher.py").write_text(TINY)
     file = folder / "models.toml"
     file.write_text('[double]\nloader = "python"\nclass = "doubling_of_launcher:Doubler"\n')
+    more = '[threads]\nloader = "python"\nclass = "doubling_of_launcher:Threads"\n'
+    (folder / "two.toml").write_text(file.read_text() + more)
     return file
 
 
@@ -154,9 +166,9 @@ def launch(models, redis_url, tmp_path_factory):
     folder = tmp_path_factory.mktemp("launcher")
 
     @contextmanager
-    def launch(gpus="none", models=models):
+    def launch(gpus="none", *args, models=models, env=None):
         log = folder / f"{time.monotonic_ns()}.log"
-        launched = Launched(models, redis_url, gpus, log)
+        launched = Launched(models, redis_url, gpus, log, args, env)
         try:
             yield launched
         finally:
@@ -188,6 +200,25 @@ def test_a_worker_is_born_with_its_device_and_model_file_in_its_environment(pair
     ]
     assert sorted(env["CUDA_VISIBLE_DEVICES"] for env in born_with) == ["0", "1"]
     assert {(env["CUDA_DEVICE_ORDER"], env["NOGRAD_MODELS"]) for env in born_with} == {("PCI_BUS_ID", str(models))}
+    half = str(max(1, usable_cores() // 2))
+    assert {(env["NOGRAD_THREADS"], env["OMP_NUM_THREADS"]) for env in born_with} == {(half, half)}
+
+
+def test_a_worker_keeps_to_its_share_of_the_cores_and_to_the_models_it_is_given(launch, models, redis_url):
+    args = ("--only", "threads", "--", "--hostname", "frugal@here")
+    file = models.with_name("two.toml")
+    with launch("none", *args, models=file, env={"NOGRAD_THREADS": "7"}) as launched, Client(redis_url) as client:
+        launched.until_ready()
+        assert client.submit("threads", 0).result(30) == 7  # as the device thread sees it
+        stats = client.broker.workers(timeout_s=3)["frugal@here"]
+        assert stats["threads"] == {"prepare": 7, "torch": 7, "torch_interop": 7}
+        assert list(stats["models"]) == ["threads"]
+
+
+def test_only_a_model_of_the_file_can_be_asked_for(launch):
+    with launch("none", "--only", "double,tripple") as launched:
+        assert launched.process.wait(START_S) == launcher.EXIT_CONFIG
+        assert "--only names 'tripple'; the models of" in launched.text()
 
 
 def test_every_worker_has_a_name_of_its_own_also_beside_those_of_another_launcher(pair, launch, redis_url):
