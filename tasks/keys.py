@@ -23,6 +23,12 @@ RESULT_TTL_S: Final = 24 * 3600
 #: seconds a worker may be silent before its jobs are given to others (``NOGRAD_LEASE_S``)
 LEASE_S: Final = 30
 
+#: Celery's priorities on Redis go from 0, the highest, to 9: interactive jobs (also those without one), and bulk
+INTERACTIVE: Final = 0
+BULK: Final = 9
+#: from this priority on a job is bulk: it never keeps an interactive one waiting longer than one batch
+BULK_FROM: Final = 5
+
 
 def queue_name(model: str) -> str:
     """The Celery queue of a model."""
