@@ -13,7 +13,7 @@ from kombu.exceptions import BatchPublishError, OperationalError
 
 from nograd.tasks import registry
 from nograd.tasks.errors import BrokerUnavailable, JobError
-from nograd.tasks.keys import PREDICT_TASK, queue_name
+from nograd.tasks.keys import INTERACTIVE, PREDICT_TASK, queue_name
 from nograd.tasks.payloads import describe
 
 from .outcomes import PENDING, Outcome, read_outcome
@@ -44,9 +44,10 @@ class Message:
         many: as there.
         expires_s: seconds after which no worker starts it.
         task_id: the id of the job; a new one if None.
+        priority: Celery's, 0 is the highest.
     """
 
-    __slots__ = ("described", "expires_s", "id", "kwargs", "model", "size", "wire")
+    __slots__ = ("described", "expires_s", "id", "kwargs", "model", "priority", "size", "wire")
 
     def __init__(
         self,
@@ -58,6 +59,7 @@ class Message:
         many: bool = False,
         expires_s: float | None = None,
         task_id: str | None = None,
+        priority: int = INTERACTIVE,
     ) -> None:
         self.model = model
         self.wire = wire
@@ -66,6 +68,7 @@ class Message:
         if many:
             self.kwargs["many"] = True
         self.expires_s = expires_s
+        self.priority = priority
         self.id = task_id or str(uuid4())
         self.size = wire_size(wire)
 
@@ -235,7 +238,7 @@ class Broker:
             argsrepr=message.described,
             kwargsrepr=_short(message.kwargs),
         )
-        amqp.send_task_message(producer, PREDICT_TASK, task, queue=queue, **options)
+        amqp.send_task_message(producer, PREDICT_TASK, task, queue=queue, priority=message.priority, **options)
 
     def _decode(self, payload: bytes | None) -> Outcome:
         if not payload:

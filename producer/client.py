@@ -9,12 +9,13 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias
 
 import msgspec
 
 from nograd.tasks import Settings, app, create_app
-from nograd.tasks.errors import BrokerUnavailable, InvalidInput, NogradError, UnknownModel
+from nograd.tasks.errors import BrokerUnavailable, ConfigError, InvalidInput, NogradError, UnknownModel
+from nograd.tasks.keys import BULK, INTERACTIVE
 from nograd.tasks.modelfile import load_model_file
 from nograd.tasks.payloads import encode_input
 from nograd.tasks.registry import ModelCard
@@ -36,6 +37,11 @@ REGISTRY_CACHE_S = 5.0
 SUBMIT_CHUNK = 1000
 #: packs in flight in `Client.map` unless the caller says otherwise: what a few workers hold, so that none runs dry
 PACKS_IN_FLIGHT = 16
+
+
+#: what callers may say of a job, and Celery's priority for it
+PRIORITIES: Final = {"interactive": INTERACTIVE, "bulk": BULK}
+Priority: TypeAlias = Literal["interactive", "bulk"]
 
 
 class Client:
@@ -73,6 +79,7 @@ class Client:
         params: dict[str, Any] | None = None,
         expires_s: float | None = None,
         task_id: str | None = None,
+        priority: Priority = "interactive",
     ) -> Job:
         """Send one job; returns at once.
 
@@ -82,15 +89,18 @@ class Client:
             params: override the model's default parameters for this job.
             expires_s: seconds after which no worker starts it any more.
             task_id: an id of the caller's; submitting again under one id gives a second job with that id.
+            priority: ``"bulk"`` lets every interactive job go before it, also those that are sent later.
 
         Raises:
             UnknownModel: if no such model is known.
             InvalidInput: if the input or the parameters cannot be sent.
+            ConfigError: if there is no such priority.
             BrokerUnavailable: if Redis does not take it.
         """
         wire = encode_input(input, self.card(model).input)
         params = _encode_params(params)
-        message = Message.of(model, input, wire, params=params, expires_s=expires_s, task_id=task_id)
+        options: dict[str, Any] = {"params": params, "expires_s": expires_s, "task_id": task_id}
+        message = Message.of(model, input, wire, priority=_priority(priority), **options)
         self.broker.publish(message)
         return self.job(message.id, model)
 
@@ -101,6 +111,7 @@ class Client:
         *,
         params: dict[str, Any] | None = None,
         expires_s: float | None = None,
+        priority: Priority = "interactive",
     ) -> list[Job]:
         """Send one job for each input, pipelined.
 
@@ -111,12 +122,14 @@ class Client:
         Raises:
             UnknownModel: if no such model is known.
             InvalidInput: for the first input that cannot be sent, by its index.
+            ConfigError: if there is no such priority.
             BrokerUnavailable: if Redis fails. Some jobs of the last chunk may have been accepted (a list is one chunk);
                 the message says how many were before.
         """
         _check_many(inputs)
         kind = self.card(model).input
         options: dict[str, Any] = {"params": _encode_params(params), "expires_s": expires_s}
+        options["priority"] = _priority(priority)
         sized = hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__")
         numbered = enumerate(inputs)
         jobs: list[Job] = []
@@ -145,6 +158,7 @@ class Client:
         max_in_flight: int | None = None,
         return_exceptions: bool = False,
         timeout: float | None = None,
+        priority: Priority = "interactive",
     ) -> Iterator[Any]:
         """Predict any number of inputs; predictions come in the order of the inputs, as they are ready.
 
@@ -159,9 +173,11 @@ class Client:
             max_in_flight: inputs sent and not answered yet, at most; by default 16 messages full.
             return_exceptions: give the error of a failed input in its place instead of raising it.
             timeout: seconds to wait for one message's answer; None for ever.
+            priority: as in `submit`.
 
         Raises:
             UnknownModel: at once, if no such model is known.
+            ConfigError: at once, if there is no such priority.
             JobError: in the place of an input that failed, naming its index, unless ``return_exceptions``.
             ResultTimeout: if an answer takes longer than ``timeout``.
             BrokerUnavailable: if Redis fails.
@@ -170,9 +186,9 @@ class Client:
         card = self.card(model)
         items = batch or min(card.max_items, PACK_ITEMS)
         limit = max_in_flight or PACKS_IN_FLIGHT * items
-        params = _encode_params(params)
+        params, rank = _encode_params(params), _priority(priority)
         packs = pack(inputs, card.input, min(items, limit))
-        window = Window(packs, lambda full: self._send(full.message(model, params)), limit)
+        window = Window(packs, lambda full: self._send(full.message(model, params, rank)), limit)
         return self._map(window, timeout, return_exceptions=return_exceptions)
 
     def result(self, job_id: str, timeout: float | None = None) -> Any:
@@ -314,6 +330,12 @@ def _encode_params(params: dict[str, Any] | None) -> dict[str, Any] | None:
     except InvalidInput as err:
         raise InvalidInput(f"params: {err.message}") from err
     return encoded
+
+
+def _priority(name: str) -> int:
+    if not isinstance(name, str) or name not in PRIORITIES:
+        raise ConfigError(f"priority = {name!r}: expected {' or '.join(map(repr, PRIORITIES))}")
+    return PRIORITIES[name]
 
 
 def _at(index: int, error: NogradError) -> NogradError:

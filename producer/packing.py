@@ -52,9 +52,10 @@ class Pack:
         self.places.append(None)
         self.size += wire_size(wire)
 
-    def message(self, model: str, params: dict[str, Any] | None) -> Message:
+    def message(self, model: str, params: dict[str, Any] | None, priority: int) -> Message:
         """The message that carries it."""
-        return Message(model, self.wires, f"{model} {len(self.wires)} inputs", params=params, many=True)
+        described = f"{model} {len(self.wires)} inputs"
+        return Message(model, self.wires, described, params=params, many=True, priority=priority)
 
     def outcomes(self, outcome: Outcome | None) -> Iterator[Any]:
         """Each input's prediction, or the error in its place.

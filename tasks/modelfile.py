@@ -34,10 +34,14 @@ class BatchLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         max_items: inputs in one forward.
         max_wait_ms: how long the oldest input may wait for company while the device is idle; 0 means not at all
             (under load a batch fills while the device is busy, without any waiting).
+        max_cost: the number of inputs in a forward times the cost of the dearest one, at most; None for no limit. A
+            text costs its tokens (with those it may generate), a tensor its elements, an input of a Python class what
+            its ``cost`` says. An input that is dearer than this runs alone.
     """
 
     max_items: _Positive = 64
     max_wait_ms: Annotated[float, Meta(ge=0)] = 0
+    max_cost: _Positive | None = None
 
 
 class ImageTransform(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

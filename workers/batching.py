@@ -13,8 +13,8 @@ Laws of a batch:
 Laws of the order between batches:
 
 * An item is urgent by ``min(arrived + PATIENCE_S, deadline)``: the oldest first, except that a deadline that is near
-  goes before items without one. Whatever arrives ``PATIENCE_S`` after an item can no longer go before it in its lane, so
-  no item, group or model waits for ever.
+  goes before items without one. Whatever arrives ``PATIENCE_S`` after an item can no longer go before it in its lane,
+  so no item, group or model waits for ever.
 * Interactive before bulk: while an interactive group is ready, a batch is led by the most urgent interactive item. An
   interactive item never waits for bulk company, only for the batch on the device; bulk that happens to be there makes
   its batch complete.
@@ -45,7 +45,7 @@ from nograd.tasks.keys import BULK_FROM
 PATIENCE_S: Final = 10.0
 #: seconds without its turn after which bulk goes once before interactive
 BULK_PATIENCE_S: Final = 10.0
-#: groups whose `Backlog.cap` is remembered; the oldest is forgotten first, since groups are made of shapes callers choose
+#: groups whose `Backlog.cap` is remembered, the latest: groups are made of shapes callers choose
 CAPS: Final = 1024
 
 _INTERACTIVE, _BULK = 0, 1

@@ -247,4 +247,4 @@ def _fail(batch: Batch, err: BaseException) -> None:
 
 def _limits(model: HostedModel) -> Limits:
     batch = model.spec.batch
-    return Limits(max_items=batch.max_items, max_wait_s=batch.max_wait_ms / 1000)
+    return Limits(batch.max_items, batch.max_wait_ms / 1000, batch.max_cost)

@@ -9,6 +9,8 @@ from typing import Any
 
 from celery.worker.state import revoked as revoked_tasks
 
+from nograd.tasks.keys import BULK_FROM, INTERACTIVE
+
 from .trace import Callbacks, TraceArgs
 
 
@@ -42,6 +44,17 @@ class Handle:
         """Celery's headers of the task."""
         headers: dict[str, Any] = self.raw[2]
         return headers
+
+    @property
+    def priority(self) -> int:
+        """Celery's priority: 0, the highest, for a message without one, 9 the lowest."""
+        priority = (self.request_dict.get("delivery_info") or {}).get("priority")
+        return priority if isinstance(priority, int) else INTERACTIVE
+
+    @property
+    def bulk(self) -> bool:
+        """Whether interactive messages go before it."""
+        return self.priority >= BULK_FROM
 
     @property
     def delivery(self) -> Any:

@@ -118,8 +118,12 @@ class Preparer:
             items = [_left_for_later(message, model, index, wire) for index, wire in enumerate(inputs)]
         else:
             items = self._prepare_items(message, model, inputs)
-        if items:
-            self._batches.put(items, message.deadline)  # refused only at shutdown, when dropping them is right
+        try:
+            if items:
+                self._batches.put(items, message.deadline)  # refused only at shutdown, when dropping them is right
+        except UnknownModel as err:  # the model was unloaded meanwhile
+            for item in items:
+                message.resolve(item.index, Outcome(error=err))
 
     def _prepare_items(self, message: Message, model: HostedModel, inputs: list[Any]) -> list[Item]:
         risky = model.spec.kind in RISKY_KINDS
@@ -208,10 +212,11 @@ def _prepare_item(message: Message, model: HostedModel, index: int, wire: Any) -
         prepared = model.prepare(decode_input(wire), message.params)
         group = (model.bucket(prepared), _freeze(message.params))
         hash(group)
+        cost = model.cost(prepared)
     except BaseException as err:  # noqa: BLE001 - user code; its item fails
         message.resolve(index, Outcome(error=as_invalid(err)))
         return None
-    return Item(model.name, group, prepared, message, index)
+    return Item(model.name, group, prepared, message, index, message.priority, cost)
 
 
 def _left_for_later(message: Message, model: HostedModel, index: int, wire: Any) -> Item:
@@ -225,6 +230,7 @@ def _left_for_later(message: Message, model: HostedModel, index: int, wire: Any)
         None,
         message,
         index,
+        message.priority,
         late=lambda: model.prepare(decode_input(wire), message.params),
     )
 

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nograd.producer.client import PRIORITIES
 from nograd.producer.outcomes import error_to_dict
 from nograd.tasks.errors import InvalidInput, JobError, NogradError, ResultTimeout
 
 from .common import Run, command, exit_code, show
 
 if TYPE_CHECKING:
+    from nograd.producer.client import Priority
     from nograd.producer.job import Job
     from nograd.tasks.modelfile import InputKind
 
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
 @click.option("--params", metavar="JSON", help="Parameters of the prediction, an object.")
 @click.option("--expires", type=float, metavar="S", help="Seconds after which no worker starts the job.")
+@click.option(
+    "--priority", type=click.Choice(list(PRIORITIES)), default="interactive", help="bulk waits for the others."
+)
 @click.option("--wait", is_flag=True, help="Print the predictions, in order, instead of the ids.")
 @click.option("--timeout", type=float, metavar="S", help="Seconds to wait for all of them; default: for ever.")
 def submit(
@@ -36,6 +41,7 @@ def submit(
     inputs: tuple[str, ...],
     params: str | None,
     expires: float | None,
+    priority: Priority,
     wait: bool,
     timeout: float | None,
 ) -> int:
@@ -49,7 +55,8 @@ def submit(
         words = list(_words(inputs))
         try:
             values = [_parse(index, word, kind) for index, word in enumerate(words)]
-            jobs = client.submit_many(model, values, params=_parse_params(params), expires_s=expires)
+            options: dict[str, Any] = {"params": _parse_params(params), "expires_s": expires, "priority": priority}
+            jobs = client.submit_many(model, values, **options)
         except InvalidInput as err:
             raise click.UsageError(err.message) from err  # nothing was sent
         if not wait:

@@ -58,6 +58,12 @@ def test_submit_prints_the_id_of_a_job_that_result_can_fetch(served_url):
     assert (done.code, done.document) == (0, {"id": job["id"], "prediction": 6.5})
 
 
+def test_jobs_can_be_submitted_as_bulk(served_url):
+    done = nograd("submit", "echo", "1", "--priority", "bulk", "--wait", "--json", url=served_url)
+    assert (done.code, done.document["prediction"]) == (0, 1)
+    assert nograd("submit", "echo", "1", "--priority", "urgent", url=served_url).code == 2
+
+
 def test_submit_and_wait_prints_predictions_in_order(served_url):
     done = nograd("submit", "echo", "1", '"two"', "[3]", "--wait", "--json", url=served_url)
     assert done.code == 0

@@ -9,15 +9,46 @@ from contextlib import contextmanager
 import pytest
 
 from nograd.producer import Client
-from nograd.producer.broker import Message, address_of, wire_size
+from nograd.producer.broker import PRIORITY_SUFFIXES, Message, address_of, wire_size
 from nograd.producer.embedded import EmbeddedRedis
 from nograd.tasks import BrokerUnavailable, ConfigError, InvalidInput, ModelFileError, UnknownModel
+from nograd.tasks.errors import ResultTimeout
+from nograd.tasks.keys import BULK
 
 
 def messages(redis, queue):
     """What stands in a queue: (headers, args, kwargs), oldest first."""
     raw = [json.loads(text) for text in redis.lrange(queue, 0, -1)]
     return [(m["headers"], *json.loads(base64.b64decode(m["body"]))[:2]) for m in reversed(raw)]
+
+
+# -- priority ---------------------------------------------------------------------------------------------------------
+
+
+def test_bulk_jobs_stand_in_a_list_of_their_own_behind_the_others_and_are_counted(client, redis):
+    client.submit("echo", 1)
+    client.submit("echo", 2, priority="bulk")
+    client.submit_many("echo", [3, 4], priority="bulk")
+    predictions = client.map("echo", [5, 6, 7], batch=1, priority="bulk", timeout=0.01)
+    with pytest.raises(ResultTimeout):
+        next(predictions)
+    assert [args[1] for _, args, _ in messages(redis, "nograd.echo")] == [1]
+    behind = f"nograd.echo{PRIORITY_SUFFIXES[-1]}"
+    assert [args[1] for _, args, _ in messages(redis, behind)] == [2, 3, 4, [5], [6], [7]]
+    properties = json.loads(redis.lindex(behind, 0))["properties"]
+    assert properties["priority"] == BULK
+    assert client.broker.waiting(["echo"]) == {"echo": 7}
+
+
+def test_an_unknown_priority_is_refused_before_anything_is_sent(client, redis):
+    for send in (
+        lambda: client.submit("echo", 1, priority="urgent"),
+        lambda: client.submit_many("echo", [1], priority=9),
+        lambda: client.map("echo", [1], priority=None),
+    ):
+        with pytest.raises(ConfigError, match="expected 'interactive' or 'bulk'"):
+            send()
+    assert redis.exists("nograd.echo") == 0
 
 
 # -- known models -----------------------------------------------------------------------------------------------------

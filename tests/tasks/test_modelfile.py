@@ -32,11 +32,18 @@ def test_each_table_is_a_model_with_its_loader_s_keys(read):
     assert file.specs["b"].class_ == "x:Y"
 
 
+def test_a_batch_may_be_bounded_by_cost(read):
+    file = read(MODULE + "batch = { max_cost = 4096 }")
+    assert file.specs["m"].batch.max_cost == 4096
+    assert read(MODULE).specs["m"].batch.max_cost is None
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         (MODULE + "batchh = 3", "[m] batchh = 3: unknown key"),
         (MODULE + "batch = { max_itemz = 4 }", "[m] batch.max_itemz = 4: unknown key"),
+        (MODULE + "batch = { max_cost = 0 }", "[m] batch.max_cost = 0: Expected `int` >= 1"),
         (MODULE + "batch = { max_items = 0 }", "[m] batch.max_items = 0: Expected `int` >= 1"),
         (MODULE + "batch = { max_wait_ms = -1 }", "[m] batch.max_wait_ms = -1"),
         (MODULE + 'dtype = "float31"', "[m] dtype = 'float31'"),

@@ -72,6 +72,10 @@ class HostedModel(ABC):
         """What must be equal for two prepared inputs to share a batch (a shape, a length class)."""
         return None
 
+    def cost(self, prepared: Any) -> int:  # noqa: ARG002
+        """What a prepared input adds to a batch, in units of the model (tokens, elements), for ``batch.max_cost``."""
+        return 1
+
     def examples(self) -> Sequence[Any]:
         """Inputs for the warm-up, as `prepare` takes them; none if the model gives no way to know."""
         return [] if self.spec.example is None else [self.given_example()]

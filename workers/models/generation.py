@@ -72,11 +72,13 @@ class Prompt:
         text: as the caller wrote it.
         ids: its tokens.
         group: what prompts of one batch have in common.
+        longest: tokens it may have in the end, the new ones included.
     """
 
     text: str
     ids: list[int]
     group: Hashable
+    longest: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +148,15 @@ class TextGenerationModel(HostedModel):
             )
         # Penalties on repetition see the padding of a row, too: then only prompts of one length go together.
         group = ("exactly", len(ids)) if self._penalizes(wanted) else length_class(len(ids))
-        return Prompt(text, ids, group)
+        return Prompt(text, ids, group, len(ids) + wanted.max_new_tokens)
 
     def bucket(self, prepared: Prompt) -> Hashable:
         """A class of lengths, so that padding stays in bounds."""
         return prepared.group
+
+    def cost(self, prepared: Prompt) -> int:
+        """The tokens it may have in the end: so many places of the cache are its own."""
+        return prepared.longest
 
     def forward(self, batch: Sequence[Prompt], params: Mapping[str, Any]) -> Sequence[Continuation]:
         """Continue each prompt: left-padded, so that all of them end where the new tokens begin."""

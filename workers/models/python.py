@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from nograd.tasks.errors import InvalidInput
+from nograd.tasks.errors import InvalidInput, ModelFailed
 from nograd.tasks.modelfile import PythonSpec
 
 from .base import HostedModel
@@ -25,8 +25,9 @@ class PythonModel(HostedModel):
     """Calls the methods of an instance, and holds them to the contract.
 
     ``load`` and ``forward`` are required. ``prepare`` and ``finish`` hand on what they get where they are missing;
-    ``bucket(prepared)``, where it is there, says which inputs may share a batch. A method with a parameter named
-    ``params`` gets the parameters of the prediction, too; if none has one, a job may not bring any.
+    ``bucket(prepared)``, where it is there, says which inputs may share a batch, ``cost(prepared)`` what each adds to
+    it (``batch.max_cost``). A method with a parameter named ``params`` gets the parameters of the prediction, too; if
+    none has one, a job may not bring any.
 
     ``forward`` answers with a list (or a tensor, split along its first dimension), one output for each input. With
     ``input = "image"``, ``prepare`` gets an upright Pillow image in RGB; otherwise what the producer sent.
@@ -43,7 +44,7 @@ class PythonModel(HostedModel):
         instance = build(self, self.spec.class_, self.spec.init)
         self._methods = {
             name: getattr(instance, name)
-            for name in ("load", "prepare", "forward", "finish", "bucket")
+            for name in ("load", "prepare", "forward", "finish", "bucket", "cost")
             if callable(getattr(instance, name, None))
         }
         for name in ("load", "forward"):
@@ -77,6 +78,17 @@ class PythonModel(HostedModel):
     def bucket(self, prepared: Any) -> Hashable:
         """What the class's ``bucket`` says, if it has one."""
         return self._methods["bucket"](prepared) if "bucket" in self._methods else None
+
+    def cost(self, prepared: Any) -> int:
+        """What the class's ``cost`` says, 1 if it has none.
+
+        Raises:
+            ModelFailed: if that is no whole number, or negative.
+        """
+        cost = self._methods["cost"](prepared) if "cost" in self._methods else 1
+        if type(cost) is not int or cost < 0:
+            raise ModelFailed(f"{self.spec.class_}.cost returned {cost!r}; expected a whole number, 0 or more")
+        return cost
 
     def forward(self, batch: Sequence[Any], params: Mapping[str, Any]) -> Sequence[Any]:
         """Run the class's ``forward``.

@@ -83,6 +83,10 @@ class TensorModel(HostedModel):
         """The shape: only equal ones can be stacked."""
         return tuple(prepared.shape)
 
+    def cost(self, prepared: torch.Tensor) -> int:
+        """Its elements."""
+        return prepared.numel()
+
     def forward(self, batch: Sequence[torch.Tensor], params: Mapping[str, Any]) -> Sequence[Any]:  # noqa: ARG002
         """Run the module on the stacked inputs, ``(n, *shape)``.
 

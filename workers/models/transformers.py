@@ -147,6 +147,13 @@ class PipelineModel(HostedModel):
             if isinstance(value, torch.Tensor)
         )
 
+    def cost(self, prepared: Prepared) -> int:
+        """The tokens of a text, the elements or pixels of an image."""
+        if prepared.tokens or self._whole:
+            size = prepared.inputs.size if isinstance(prepared.inputs, Image.Image) else (1, 1)
+            return prepared.tokens or int(size[0] * size[1])
+        return sum(value.numel() for value in prepared.inputs.values() if isinstance(value, torch.Tensor))
+
     def forward(self, batch: Sequence[Prepared], params: Mapping[str, Any]) -> Sequence[Any]:
         """Run the network on all inputs at once; the pipeline's own code splits what it returns."""
         inputs = [item.inputs for item in batch]

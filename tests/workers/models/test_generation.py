@@ -131,6 +131,13 @@ def test_beams_and_penalties_are_passed_on(hosted, predict, gpt2):
     assert len(set(once)) == len(once)
 
 
+def test_a_prompt_costs_the_tokens_it_may_have_in_the_end(hosted, gpt2):
+    model = hosted(table(gpt2))
+    short, long = (model.prepare(text, {"max_new_tokens": 7}) for text in ("two", "The quick brown"))
+    assert model.cost(short) == len(short.ids) + 7
+    assert model.cost(long) > model.cost(short)
+
+
 def test_prompts_of_unequal_length_share_no_batch_where_padding_would_be_penalized(hosted, gpt2):
     model = hosted(table(gpt2))
     short, long = "two", "The quick brown"

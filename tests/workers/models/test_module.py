@@ -211,6 +211,7 @@ def test_indices_stay_whole_numbers_for_a_model_that_embeds_them(hosted, predict
 
 def test_inputs_of_other_shapes_never_share_a_batch(hosted, module):
     model = hosted(module("Embedding", 'input_dtype = "int64"'))
+    assert [model.cost(model.prepare(value, {})) for value in ([1], [1, 2])] == [1, 2]
     buckets = {model.bucket(model.prepare(value, {})) for value in ([1], [1, 2], [2, 3])}
     assert buckets == {(1,), (2,)}
 

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from nograd.tasks.errors import InvalidInput, ModelFileError, OutputMismatch
+from nograd.tasks.errors import InvalidInput, ModelFailed, ModelFileError, OutputMismatch
 
 CODE = """
 import numpy as np
@@ -35,6 +35,10 @@ class Bare:
     def load(self, device): pass
     def forward(self, batch): return [len(text) for text in batch]
     def bucket(self, prepared): return len(prepared) // 10
+
+
+class Priced(Bare):
+    def cost(self, prepared): return len(prepared) or "nothing"
 
 
 class Tunable(Bare):
@@ -88,6 +92,13 @@ def test_prepare_and_finish_may_be_missing_and_bucket_may_be_there(hosted, predi
     model = hosted(table("Bare"))
     assert predict(model, ["ab", "c"]) == [2, 1]
     assert model.bucket("x" * 25) == 2
+
+
+def test_the_class_may_say_what_an_input_costs(hosted, table):
+    assert hosted(table("Bare")).cost("abc") == 1
+    assert hosted(table("Priced")).cost("abc") == 3
+    with pytest.raises(ModelFailed, match=r"Priced\.cost returned 'nothing'; expected a whole number"):
+        hosted(table("Priced")).cost("")
 
 
 def test_value_and_type_errors_of_prepare_are_the_caller_s_fault_and_ours_pass_through(hosted, table):

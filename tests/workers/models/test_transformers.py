@@ -119,6 +119,7 @@ def test_without_a_padding_token_only_texts_of_one_length_share_a_batch(hosted, 
     assert close(predict(model, texts), wanted)
     assert close([predict(model, [text])[0] for text in texts], wanted)
     assert model.bucket(model.prepare("a fox", {})) != model.bucket(model.prepare(texts[0], {}))
+    assert model.cost(model.prepare(texts[0], {})) == model.prepare(texts[0], {}).tokens > 1
 
 
 def test_aliases_name_the_same_task_and_top_is_as_long_as_asked_for(hosted, predict, table):
@@ -179,6 +180,7 @@ def test_images_of_other_shapes_share_no_batch_where_the_processor_keeps_them(ho
     model = hosted(table("object-detection", "yolos", "params = { threshold = 0.0 }"))
     wide, tall = picture(size=(96, 64)), picture(size=(64, 96))
     assert model.bucket(model.prepare(wide, {})) != model.bucket(model.prepare(tall, {}))
+    assert model.cost(model.prepare(wide, {})) >= 3 * 32 * 32
     pipe = theirs("object-detection", "yolos")
     for image in (wide, tall):
         assert close(predict(model, [image] * 2), [pipe(decode_image(image), threshold=0.0)] * 2)
