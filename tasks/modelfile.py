@@ -87,7 +87,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         allow_nonfinite: accept NaN and infinity in rows and tensors.
         dtype: the model's floating type; inputs are cast to it.
         input_dtype: ``int64`` for a model that takes indices (its first layer is an embedding).
-        compile: run through ``torch.compile``.
+        compile: run through ``torch.compile``: inputs of one known shape in batches padded to 1, 2, 4, … ``max_items``,
+            each compiled before the first job; free dimensions once for all sizes.
         channels_last: memory format of images.
         batch: limits of a batch.
         timeout_s: seconds a job may wait in the worker before its forward starts.

@@ -80,6 +80,14 @@ class HostedModel(ABC):
         """Inputs for the warm-up, as `prepare` takes them; none if the model gives no way to know."""
         return [] if self.spec.example is None else [self.given_example()]
 
+    def batch_sizes(self) -> Sequence[int]:
+        """Sizes of the warm-up's batches.
+
+        One, because that is a case of its own for compilers and for models that squeeze. Three, because a step that
+        unpacks its batch (``x, _ = batch``) runs happily, and wrongly, on two.
+        """
+        return sorted({1, min(3, self.spec.batch.max_items)})
+
     def given_example(self) -> Any:
         """The model file's ``example`` as `prepare` takes it: the bytes of an image file, arrays decoded.
 

@@ -10,6 +10,7 @@ from torch.export.passes import move_to_device_pass
 
 from nograd.tasks.modelfile import ExportSpec
 
+from .compiling import compile_module
 from .inference import dtype_of
 from .tensor_model import TensorModel
 
@@ -61,7 +62,7 @@ class ExportModel(TensorModel):
         """Nothing is left to do but to compile."""
         self.module.requires_grad_(requires_grad=False)
         if self.spec.compile:
-            self.module.compile()
+            compile_module(self.module, dynamic=self.dynamic())
 
     def input_dtype(self) -> torch.dtype:
         """The program's own."""

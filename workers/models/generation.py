@@ -210,6 +210,8 @@ class TextGenerationModel(HostedModel):
             raise self.error("input", self.spec.kind, "text-generation takes text")
         if self.spec.compile:
             raise self.error("compile", True, "not for text-generation: it would compile anew for every length")
+        if self.spec.channels_last:
+            raise self.error("channels_last", True, "only images have channels")
         try:
             self._params({})
         except InvalidInput as err:

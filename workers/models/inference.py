@@ -6,14 +6,24 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .compiling import compile_module
+
 if TYPE_CHECKING:
     from torch import nn
 
     from .base import HostedModel
 
 
-def ready_for_inference(model: HostedModel, module: nn.Module, device: torch.device) -> None:
+def ready_for_inference(
+    model: HostedModel, module: nn.Module, device: torch.device, *, dynamic: bool | None = None
+) -> None:
     """Put a loaded module into evaluation mode, and where and how the model file wants it.
+
+    Args:
+        model: whose module it is.
+        module: the module.
+        device: where it goes.
+        dynamic: for `compile_module`, if the model file says ``compile``.
 
     Raises:
         ModelFileError: if a part of it stays in training mode.
@@ -25,7 +35,7 @@ def ready_for_inference(model: HostedModel, module: nn.Module, device: torch.dev
     if model.spec.channels_last:
         module.to(memory_format=torch.channels_last)
     if model.spec.compile:
-        module.compile()  # in place, so that a predict_step which calls self(x) runs the compiled forward, too
+        compile_module(module, dynamic=dynamic)
 
 
 def assert_eval(model: HostedModel, module: nn.Module) -> None:

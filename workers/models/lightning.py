@@ -69,6 +69,7 @@ class LightningModel(TensorModel):
             moved = module.on_before_batch_transfer((batch, None) if pair else batch, 0)
             moved = module.transfer_batch_to_device(moved, self.device, 0)
             moved = module.on_after_batch_transfer(moved, 0)
+            self.mark(moved[0] if pair else moved)
             return module.predict_step(moved, *self._arguments)
         except RuntimeError as err:
             if "not attached to a `Trainer`" not in str(err):

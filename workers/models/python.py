@@ -41,6 +41,9 @@ class PythonModel(HostedModel):
         """Build the class and let it load; see `HostedModel.load`."""
         if self.spec.transform is not None or self.spec.labels is not None:
             raise self.error("class", self.spec.class_, "transforms and labels are the class's own; take out the keys")
+        for key, default in (("dtype", "float32"), ("compile", False), ("channels_last", False)):
+            if (value := getattr(self.spec, key)) != default:
+                raise self.error(key, value, f"what {self.spec.class_} loads is its own; take out the key")
         instance = build(self, self.spec.class_, self.spec.init)
         self._methods = {
             name: getattr(instance, name)

@@ -13,6 +13,7 @@ from torch import nn
 from nograd.tasks.errors import InvalidInput
 
 from .base import HostedModel
+from .compiling import bucket_sizes, mark_free, padded
 from .images import Transform, colour_mode, configured_transform, decode_image
 from .inference import cast, dtype_of, ready_for_inference
 from .labels import classify, read_labels
@@ -20,6 +21,9 @@ from .tensors import TensorReader, split, stack, to_json
 
 #: What stands for a free dimension in a warm-up with zeros: enough for a stack of poolings, little for a sequence.
 _FREE_DIMENSION = 32
+
+#: dimensions of a batch of inputs of any shape, for the compiler
+_MOST_DIMENSIONS = 8
 
 
 class TensorModel(HostedModel):
@@ -59,7 +63,7 @@ class TensorModel(HostedModel):
     def place(self, device: torch.device) -> None:
         """Dtype, evaluation mode, device, memory format, compilation."""
         cast(self.module, dtype_of(self))
-        ready_for_inference(self, self.module, device)
+        ready_for_inference(self, self.module, device, dynamic=self.dynamic())
 
     def own_transform(self) -> Transform | None:
         """The image preprocessing that comes with the weights, if any does."""
@@ -72,6 +76,28 @@ class TensorModel(HostedModel):
     def input_shape(self) -> tuple[int, ...] | None:
         """The shape one input has, -1 for a free dimension; None if any may do."""
         return None if self.spec.shape is None else tuple(self.spec.shape)
+
+    def dynamic(self) -> bool | None:
+        """What to tell the compiler: every shape by itself, or free dimensions as marked (see `compiling`)."""
+        return None if self.free_dimensions() else False
+
+    def free_dimensions(self) -> tuple[int, ...]:
+        """The dimensions of a batch that vary among batches, other than by its bucket; none if that is its shape."""
+        transform = self.spec.transform
+        if self.spec.kind == "image":
+            free = isinstance(transform, str) or (transform is not None and transform.center_crop is None)
+            return (0, 2, 3) if free else ()
+        shape = self.input_shape()
+        if shape is None:
+            return tuple(range(_MOST_DIMENSIONS))
+        free_inner = tuple(k + 1 for k, size in enumerate(shape) if size == -1)
+        return (0, *free_inner) if free_inner else ()
+
+    def batch_sizes(self) -> Sequence[int]:
+        """Compiled for one shape of input: all bucket sizes."""
+        if self.spec.compile and not self.free_dimensions():
+            return bucket_sizes(self.spec.batch.max_items)
+        return super().batch_sizes()
 
     def prepare(self, input: Any, params: Mapping[str, Any]) -> torch.Tensor:  # noqa: A002
         """One input as the tensor the module takes a batch of."""
@@ -93,11 +119,14 @@ class TensorModel(HostedModel):
         Raises:
             OutputMismatch: if it does not return one output for each.
         """
-        return split(self.call(self._stack(batch)), len(batch))
+        stacked = self._stack(batch)
+        return split(self.call(stacked), len(stacked))[: len(batch)]
 
     def call(self, batch: torch.Tensor) -> Any:
         """Call the module on a batch that is still on the CPU."""
-        return self.module(batch.to(self.device, non_blocking=True))
+        moved = batch.to(self.device, non_blocking=True)
+        self.mark(moved)
+        return self.module(moved)
 
     def finish(self, output: Any, params: Mapping[str, Any]) -> Any:  # noqa: ARG002
         """Name the classes if there are labels; else plain numbers and nested lists."""
@@ -112,9 +141,19 @@ class TensorModel(HostedModel):
         if self.spec.kind == "image":
             return [np.full((64, 64, 3), 127, dtype=np.uint8)]
         shape = self.input_shape()
-        return [] if shape is None else [np.zeros([_FREE_DIMENSION if n == -1 else n for n in shape])]
+        if shape is None:
+            return []
+        # Free dimensions of one size would be taken by a compiler for one and the same.
+        return [np.zeros([_FREE_DIMENSION + k if n == -1 else n for k, n in enumerate(shape)])]
+
+    def mark(self, moved: Any) -> None:
+        """Tell the compiler, if there is one, which dimensions of a batch on the device are free."""
+        if self.spec.compile and isinstance(moved, torch.Tensor):
+            mark_free(moved, self.free_dimensions())
 
     def _stack(self, batch: Sequence[torch.Tensor]) -> torch.Tensor:
+        if self.spec.compile and not self.free_dimensions():
+            batch = padded(batch, self.spec.batch.max_items)
         stacked = stack(batch, pin=self.device.type == "cuda")
         if self.spec.channels_last and stacked.ndim == 4:
             stacked = stacked.contiguous(memory_format=torch.channels_last)

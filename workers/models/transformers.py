@@ -97,7 +97,7 @@ class PipelineModel(HostedModel):
             check_vocabulary(self, self.spec, tokenizer, network)
             self._pads = _make_paddable(tokenizer, network)
         self._name_classes(network)
-        ready_for_inference(self, network, device)
+        ready_for_inference(self, network, device, dynamic=True)
         self._pipeline = pipeline(
             self._task, model=network, tokenizer=tokenizer, image_processor=processor, device=device
         )
@@ -205,6 +205,8 @@ class PipelineModel(HostedModel):
         for key in ("transform", "shape"):
             if (value := getattr(self.spec, key)) is not None:
                 raise self.error(key, value, "a pipeline brings its own preprocessing")
+        if self.spec.channels_last and self.spec.kind == "text":
+            raise self.error("channels_last", True, "only images have channels")
         if self.spec.kind not in ("text", "image"):
             raise self.error("input", self.spec.kind, "loader 'transformers' takes text or image")
         if self.spec.labels is not None and self._task not in _CLASSIFICATION:

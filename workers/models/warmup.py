@@ -13,10 +13,7 @@ if TYPE_CHECKING:
 
 
 def warm_up(model: HostedModel) -> None:
-    """Run each example through *prepare → forward → finish*, alone and three at a time, on the calling thread.
-
-    Alone, because a batch of one is a case of its own for compilers and for models that squeeze. Three, because a step
-    that unpacks its batch (``x, _ = batch``) runs happily, and wrongly, on two.
+    """Run each example through *prepare → forward → finish* in batches of the model's `batch_sizes`, on this thread.
 
     Raises:
         ModelFileError: naming the model and what it raised, whatever that was.
@@ -25,7 +22,7 @@ def warm_up(model: HostedModel) -> None:
         examples = model.examples()
         with torch.no_grad():
             for example in examples:
-                for n in sorted({1, min(3, model.spec.batch.max_items)}):
+                for n in model.batch_sizes():
                     _run(model, example, n)
     except ModelFileError:
         raise

@@ -226,6 +226,7 @@ def test_a_tokenizer_with_more_tokens_than_the_network_is_refused(opened, gpt2, 
     ("extra", "why"),
     [
         ("compile = true", "compile = True: not for text-generation"),
+        ("channels_last = true", "channels_last = True: only images have channels"),
         ('input = "image"', "input = 'image': text-generation takes text"),
         ("shape = [3]", r"shape = \[3\]: has no meaning for text-generation"),
         ('labels = ["a"]', "has no meaning for text-generation"),

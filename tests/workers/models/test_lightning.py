@@ -274,3 +274,20 @@ def test_a_missing_checkpoint_and_a_class_that_is_no_lightning_module_are_named(
         opened(table.replace("Plain.ckpt", "gone.ckpt")).load(torch.device("cpu"))
     with pytest.raises(ModelFileError, match=r"class = 'torch.nn:Linear': not a LightningModule"):
         opened(table.replace(f"{lightning.code}:Plain", "torch.nn:Linear")).load(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_module_runs_in_the_dtype_of_the_model_file(hosted, predict, lightning, dtype):
+    model = hosted(lightning("Plain", f'shape = [3]\ndtype = "{dtype}"'))
+    assert {p.dtype for p in model.module.parameters()} == {getattr(torch, dtype)}
+    for answer, wanted in zip(predict(model, ROWS), expected(lightning), strict=True):
+        assert answer == pytest.approx(wanted, rel=3e-2, abs=3e-2)
+
+
+@pytest.mark.slow
+def test_a_step_that_calls_its_module_runs_compiled(hosted, predict, lightning):
+    model = hosted(lightning("Plain", "shape = [3]\ncompile = true\nbatch = { max_items = 4 }"))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for n in (1, 2, 3):
+            for answer, wanted in zip(predict(model, ROWS[:n]), expected(lightning), strict=False):
+                assert answer == pytest.approx(wanted, abs=1e-5)

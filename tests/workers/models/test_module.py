@@ -325,16 +325,6 @@ def test_a_class_that_is_no_module_is_refused(opened, user_code):
         opened(f'loader = "module"\nclass = "{name}:Plain"\nweights = "w.pth"').load(torch.device("cpu"))
 
 
-@pytest.mark.slow
-def test_compiled_and_eager_agree_for_every_batch_size(hosted, predict, module):
-    rows = torch.randn(5, 3).tolist()
-    table = module("RegressionModel", "shape = [3]", input_size=3)
-    eager = predict(hosted(table), rows)
-    model = hosted(table + "\ncompile = true")
-    assert predict(model, rows) == pytest.approx(eager, abs=1e-5)
-    assert predict(model, rows[:1]) == pytest.approx(eager[:1], abs=1e-5)
-
-
 def test_an_error_of_the_model_itself_comes_through_as_it_is(hosted, module):
     model = hosted(module("Classifier", in_features=2, out_features=3))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):

@@ -146,6 +146,9 @@ def test_images_come_decoded(hosted, predict, table, picture):
         ("Exiting", "", r"class = '.*:Exiting': load\(\) raised SystemExit: 0"),
         ("Training", "", "still in training mode after eval"),
         ("Bare", 'labels = ["a"]', "transforms and labels are the class's own"),
+        ("Bare", 'dtype = "float16"', "dtype = 'float16': what .*:Bare loads is its own"),
+        ("Bare", "compile = true", "compile = True: what .*:Bare loads is its own"),
+        ("Bare", "channels_last = true", "channels_last = True: what .*:Bare loads is its own"),
     ],
 )
 def test_a_class_that_breaks_the_contract_stops_the_start(opened, table, cls, extra, why):

@@ -135,3 +135,18 @@ def test_enum_weights_bring_their_transforms_and_categories(
     model.load(torch.device("cpu"))
     data = picture()
     assert predict(model, [data]) == predict(photos, [data])
+
+
+@pytest.mark.parametrize(("extra", "tolerance"), [('dtype = "bfloat16"', 5e-2), ("channels_last = true", 1e-4)])
+def test_dtype_and_memory_format_are_honoured_and_change_the_scores_little(
+    photos, hosted, predict, picture, resnet, extra, tolerance
+):
+    images = [picture(), picture(shift=40)]
+    model = hosted(table(resnet[1], "top = 1000\n" + extra))
+    assert model.module.conv1.weight.dtype == (torch.bfloat16 if "bfloat16" in extra else torch.float32)
+    assert model.module.conv1.weight.is_contiguous(memory_format=torch.channels_last) == ("channels_last" in extra)
+    for answer, wanted in zip(predict(model, images), predict(photos, images), strict=True):
+        scores = {one["label"]: one["score"] for one in wanted["top"]}
+        for one in answer["top"]:
+            assert one["score"] == pytest.approx(scores[one["label"]], abs=tolerance)
+        json.dumps(answer)

@@ -329,3 +329,31 @@ def test_padding_never_more_than_doubles_a_text():
             else []
         )
         assert not same or max(same) <= max(32, 2 * min(same))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-2), ("bfloat16", 1e-1)])
+def test_scores_in_another_dtype_are_near(hosted, predict, table, dtype, tolerance):
+    wanted = predict(hosted(table("text-classification", "classifier")), TEXTS)
+    answers = predict(hosted(table("text-classification", "classifier", f'dtype = "{dtype}"')), TEXTS)
+    for answer, one in zip(answers, wanted, strict=True):
+        scores = {each["label"]: each["score"] for each in one["top"]}
+        assert {each["label"]: each["score"] for each in answer["top"]} == pytest.approx(scores, abs=tolerance)
+    json.dumps(answers)
+
+
+def test_images_may_be_channels_last_and_texts_not(hosted, opened, predict, table, picture):
+    images = [picture(), picture(shift=40)]
+    wanted = predict(hosted(table("image-classification", "vit")), images)
+    assert close(predict(hosted(table("image-classification", "vit", "channels_last = true")), images), wanted)
+    with pytest.raises(ModelFileError, match="channels_last = True: only images have channels"):
+        opened(table("text-classification", "classifier", "channels_last = true")).load(torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_a_compiled_network_takes_batches_and_texts_of_any_length_without_another_compilation(hosted, predict, table):
+    eager = hosted(table("text-classification", "classifier"))
+    model = hosted(table("text-classification", "classifier", "compile = true"))
+    texts = ["a fox", "the quick brown fox", TEXTS[1], TEXTS[2]]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for n in (1, 2, 3, 4):
+            assert close(predict(model, texts[:n]), predict(eager, texts[:n]))
