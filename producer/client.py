@@ -212,9 +212,9 @@ class Client:
             BrokerUnavailable: if Redis does not answer.
         """
         registered = dict(self._registered(max_age_s=0))
-        seen = {name: card.seen_at for name, card in registered.items()}
         named = {
-            name: msgspec.structs.replace(card, seen_at=seen.get(name, 0.0)) for name, card in self._file_cards.items()
+            name: card if (seen := registered.get(name)) is None else _seen(card, seen)
+            for name, card in self._file_cards.items()
         }
         return {**registered, **named}
 
@@ -340,6 +340,11 @@ def _priority(name: str) -> int:
 
 def _at(index: int, error: NogradError) -> NogradError:
     return type(error)(f"input {index}: {error.message}")
+
+
+def _seen(card: ModelCard, registered: ModelCard) -> ModelCard:
+    """A card of the model file with what only workers know of the model."""
+    return msgspec.structs.replace(card, version=registered.version, seen_at=registered.seen_at)
 
 
 def _cards_of_file(path: Path) -> dict[str, ModelCard]:

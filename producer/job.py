@@ -15,6 +15,8 @@ from .outcomes import Outcome
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from nograd.tasks.timings import Timings
+
     from .broker import Broker
     from .watcher import Watcher
 
@@ -80,6 +82,18 @@ class Job:
             BrokerUnavailable: if Redis does not answer.
         """
         return self.wait(timeout).error
+
+    def timings(self, timeout: float | None = None) -> Timings | None:
+        """Wait as `result` does; what the job spent its time on, whether it succeeded or not.
+
+        None if it never came to a worker's pool (it was revoked or had expired before), or if the worker's result
+        backend is not nograd's.
+
+        Raises:
+            ResultTimeout: if it has no outcome yet; it goes on.
+            BrokerUnavailable: if Redis does not answer.
+        """
+        return self.wait(timeout).timings
 
     def wait(self, timeout: float | None = None) -> Outcome:
         """Wait for the outcome without raising the error of the job.

@@ -13,6 +13,7 @@ from celery import states
 
 from nograd.tasks import errors
 from nograd.tasks.errors import JobCancelled, JobError, NogradError
+from nograd.tasks.timings import Timings, read_timings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,11 +28,13 @@ class Outcome:
             unknown or expired job: Redis holds nothing about either.
         value: what the task returned, if it succeeded.
         error: why it did not.
+        timings: what it spent its time on; None before its end, and if it never came to a worker's pool.
     """
 
     state: str
     value: Any = None
     error: NogradError | None = None
+    timings: Timings | None = None
 
     @property
     def ready(self) -> bool:
@@ -55,13 +58,14 @@ PENDING = Outcome(states.PENDING)
 def read_outcome(meta: Mapping[str, Any]) -> Outcome:
     """Read a result as Celery stores it, decoded."""
     state, result = meta["status"], meta.get("result")
+    timings = read_timings(meta.get("timings"))
     if state == states.REVOKED:
         return Outcome(
             state, error=JobCancelled(f"the job was cancelled or had expired: {_message(result) or 'revoked'}")
         )
     if state == states.FAILURE:
-        return Outcome(state, error=_error_of_result(result))
-    return Outcome(state, value=result if state == states.SUCCESS else None)
+        return Outcome(state, error=_error_of_result(result), timings=timings)
+    return Outcome(state, value=result if state == states.SUCCESS else None, timings=timings)
 
 
 def error_of_item(item: Mapping[str, Any]) -> NogradError:

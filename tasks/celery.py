@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from celery import Celery
-from celery.signals import celeryd_init
+from celery.signals import celeryd_init, import_modules
 from kombu import Queue
 
 from .errors import ConfigError, InvalidInput
@@ -20,6 +20,12 @@ from .settings import Settings
 
 #: where the batch pool is; by name, since the contract does not import the workers
 POOL = "nograd.workers.pool:TaskPool"
+#: scheme of the URL → result backend, by name: importing one costs a web server that only submits
+BACKENDS = {
+    "redis": "nograd.tasks.backend:RedisBackend",
+    "rediss": "nograd.tasks.backend:RedisBackend",
+    "sentinel": "nograd.tasks.backend:SentinelBackend",
+}
 #: what a worker holds, in batches of its largest model: one on the device, one in preparation, two on their way
 BATCHES_IN_FLIGHT = 4
 #: messages in flight at the least, so that tasks other than predictions are not starved beside a model of batch 1
@@ -41,6 +47,7 @@ def create_app(settings: Settings) -> Celery:
     # The environment of a host program often names its own Celery's Redis: CELERY_BROKER_URL and CELERY_RESULT_BACKEND
     # come before what an app was made with, but not before these three.
     app.backend_cls = settings.redis_url
+    app.loader.override_backends = BACKENDS
     app.conf.update(
         broker_read_url=settings.redis_url,
         broker_write_url=settings.redis_url,
@@ -155,3 +162,15 @@ def _configure_own_worker(instance: Any = None, options: dict[str, Any] | None =
     other = os.environ.get("CELERY_BROKER_URL")  # also where `celery -b` puts its argument
     if other and other != settings.redis_url:
         sys.stderr.write("nograd: CELERY_BROKER_URL and `celery -b` are not read here; set NOGRAD_REDIS_URL\n")
+
+
+@import_modules.connect  # type: ignore[untyped-decorator]
+def _let_flower_show_timings(sender: Any = None, **_: Any) -> None:
+    # Of an event Flower shows the fields that `celery.events` lists, on the task's page and in its API.
+    if sender is not app or "flower.app" not in sys.modules:
+        return
+    from celery.events.state import Task
+
+    if "timings" not in Task._fields:  # noqa: SLF001 - there is no other way to name one
+        Task.timings = None
+        Task._fields = (*Task._fields, "timings")  # noqa: SLF001

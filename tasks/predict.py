@@ -35,17 +35,25 @@ MAX_RETRIES: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How one message ended: a value, or an error."""
+    """How one message ended: a value, or an error; and its timings, as they are stored."""
 
     value: Any = None
     error: Exception | None = None
+    timings: dict[str, Any] | None = None
 
 
 #: The outcome of the message that is being traced on this thread; set by the batch pool around the tracer.
 traced_outcome: ContextVar[Outcome | None] = ContextVar("traced_outcome", default=None)
 
 
-@shared_task(name=PREDICT_TASK, bind=True, max_retries=MAX_RETRIES, acks_late=True, typing=False)  # type: ignore[untyped-decorator]
+@shared_task(  # type: ignore[untyped-decorator]
+    name=PREDICT_TASK,
+    bind=True,
+    max_retries=MAX_RETRIES,
+    acks_late=True,
+    typing=False,
+    Request="nograd.tasks.request:Request",
+)
 def predict(self: Any, model: str, input: Any, params: dict[str, Any] | None = None, many: bool = False) -> Any:  # noqa: A002, ARG001
     """Predict ``input`` with ``model``.
 
@@ -59,6 +67,7 @@ def predict(self: Any, model: str, input: Any, params: dict[str, Any] | None = N
             f"{PREDICT_TASK} runs in nograd's batch pool only: "
             "start the worker with worker_pool='nograd.workers.pool:TaskPool'"
         )
+    self.request.timings = outcome.timings  # the backend finds them there (`nograd.tasks.backend`)
     if outcome.error is None:
         return outcome.value
     if getattr(outcome.error, "retryable", False):

@@ -25,6 +25,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         input: what one input is.
         queue: where its jobs go.
         max_items: inputs in one forward.
+        version: fingerprint of what answers (`nograd.workers.models.version`); empty from a model file. While workers
+            serve different versions, that of the one that renewed its card last.
         seen_at: when a worker last renewed the card, seconds since the epoch; 0 from a model file.
     """
 
@@ -33,10 +35,11 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     input: InputKind
     queue: str
     max_items: int
+    version: str = ""
     seen_at: float = 0.0
 
     @classmethod
-    def of(cls, name: str, spec: AnySpec, seen_at: float = 0.0) -> ModelCard:
+    def of(cls, name: str, spec: AnySpec, *, version: str = "") -> ModelCard:
         """The card of a model of a model file."""
         return cls(
             name=name,
@@ -44,7 +47,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
             input=spec.kind,
             queue=queue_name(name),
             max_items=spec.batch.max_items,
-            seen_at=seen_at,
+            version=version,
         )
 
 

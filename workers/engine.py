@@ -37,7 +37,9 @@ from nograd.tasks.predict import Outcome
 from .batching import Batch, BatchQueue, Item, Limits
 from .device import default_device
 from .models import HostedModel, open_model
+from .models.version import fingerprint
 from .models.warmup import warm_up
+from .stopwatch import Forward
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +52,8 @@ class Job(Protocol):
     def abandoned(self) -> bool:
         """Whether nobody wants the outcome any more; asked right before device time is spent, so it must be quick."""
 
-    def resolve(self, index: int, outcome: Outcome) -> None:
-        """Take the outcome of one item."""
+    def resolve(self, index: int, outcome: Outcome, forward: Forward | None = None) -> None:
+        """Take the outcome of one item, and the forward it was in."""
 
 
 @dataclass(slots=True)
@@ -152,6 +154,7 @@ class Engine:
     def _load(self, model: HostedModel) -> None:
         began = time.monotonic()
         model.load(self.device)
+        model.version = fingerprint(model)
         warm_up(model)
         logger.info("model %s is loaded on %s and warm after %.1f s", model.name, self.device, time.monotonic() - began)
 
@@ -171,13 +174,15 @@ class Engine:
         began = time.monotonic()
         outcomes = run_isolated(self.models[batch.model], items, self._on_forward)
         self._on_forward([])
-        stats.device_s += time.monotonic() - began
+        ended = time.monotonic()
+        forward = Forward(ended, ended - began, len(items))
+        stats.device_s += forward.device_s
         stats.batches += 1
         stats.items += len(items)
         stats.largest = max(stats.largest, len(items))
         stats.failed += sum(outcome.error is not None for outcome in outcomes)
         for item, outcome in zip(items, outcomes, strict=True):
-            item.job.resolve(item.index, outcome)
+            item.job.resolve(item.index, outcome, forward)
 
     def _prepared(self, item: Item) -> bool:
         """Prepare what was left for here, where nothing else runs that could be blamed for a crash."""

@@ -10,6 +10,7 @@ from nograd.tasks.predict import Outcome
 
 from .handle import Handle
 from .models import HostedModel
+from .stopwatch import Forward, Stopwatch
 from .trace import Callbacks, TraceArgs
 
 #: what the tracer gets for a message that could not be read: the error is then ours, not a TypeError about arguments
@@ -27,7 +28,8 @@ class Message(Handle):
         params: the job's parameters over the model's defaults.
         many: whether its input is a list of inputs.
         body: ``(args, kwargs, embed)`` for Celery's tracer: decoded once, and in one form whatever the sender wrote.
-        alone: it was on a device when a worker died, so it runs in a batch of its own.
+        deaths: workers that died while it was on their device.
+        watch: how long its stages take.
     """
 
     def __init__(self, celery: Callbacks, args: TraceArgs) -> None:
@@ -36,7 +38,8 @@ class Message(Handle):
         self.model: HostedModel | None = None
         self.params: Mapping[str, Any] = {}
         self.many = False
-        self.alone = False
+        self.deaths = 0
+        self.watch = Stopwatch(self.received)
         self._outcomes: list[Outcome | None] = []
         self._waiting = 0
         self._on_complete: Callable[[Message], None] | None = None
@@ -64,11 +67,18 @@ class Message(Handle):
         self._waiting = count
         self._on_complete = on_complete
 
-    def resolve(self, index: int, outcome: Outcome) -> None:
+    @property
+    def alone(self) -> bool:
+        """Whether it runs in a batch of its own, since a worker has died over it."""
+        return self.deaths > 0
+
+    def resolve(self, index: int, outcome: Outcome, forward: Forward | None = None) -> None:
         """Take the outcome of one item (see `engine.Job`); the first one counts."""
         with self._lock:
             if self._outcomes[index] is not None:
                 return
+            if forward is not None:
+                self.watch.ran(forward)
             self._outcomes[index] = outcome
             self._waiting -= 1
             complete = self._waiting == 0
@@ -85,6 +95,11 @@ class Message(Handle):
         if not self.many:
             return outcomes[0]
         return Outcome(value=[_wire(outcome) for outcome in outcomes])
+
+    def timings(self, worker: str | None) -> dict[str, Any]:
+        """Its timings up to now, as they are stored, in a worker of this node name."""
+        version = self.model.version if self.model is not None else None
+        return self.watch.read(self.request_dict, model_version=version, worker=worker, deaths=self.deaths)
 
     def log_context(self, represented: str, runtime: float) -> dict[str, Any]:
         """What Celery's own log line of a success takes."""

@@ -201,7 +201,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
             )  # fmt: skip
 
     def _keep_known(self, file: ModelFile) -> None:
-        cards = [registry.ModelCard.of(name, file.specs[name]) for name in self.engine.models] if self.engine else []
+        models = self.engine.models if self.engine else {}
+        cards = [registry.ModelCard.of(name, file.specs[name], version=model.version) for name, model in models.items()]
         wait = 0.0
         while not self._stopping.wait(wait):
             try:
@@ -223,7 +224,10 @@ class TaskPool(BasePool):  # type: ignore[misc]
             info["threads"] = self._threads
             info["waiting_items"] = len(self.engine.queue)
             info["settled"] = dict(self.settler.counts) if self.settler is not None else {}
-            info["models"] = {name: stats.as_dict() for name, stats in self.engine.stats.items()}
+            info["models"] = {
+                name: {**stats.as_dict(), "version": self.engine.models[name].version}
+                for name, stats in self.engine.stats.items()
+            }
         return info
 
 

@@ -96,10 +96,9 @@ class Preparer:
     def _prepare(self, message: Message) -> None:
         if not message.begin():
             return
-        deaths = _deaths(message)
-        message.alone = deaths > 0
-        if deaths >= MOST_DEATHS:
-            error = WorkerDied(f"{deaths} workers died over this job; it is in the dead letters")
+        message.deaths = _deaths(message)
+        if message.deaths >= MOST_DEATHS:
+            error = WorkerDied(f"{message.deaths} workers died over this job; it is in the dead letters")
             self._on_poison(message, error)
             self._settler.submit(message, Outcome(error=error))
             return
@@ -118,6 +117,7 @@ class Preparer:
             items = [_left_for_later(message, model, index, wire) for index, wire in enumerate(inputs)]
         else:
             items = self._prepare_items(message, model, inputs)
+        message.watch.prepared = time.monotonic()
         try:
             if items:
                 self._batches.put(items, message.deadline)  # refused only at shutdown, when dropping them is right

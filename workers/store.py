@@ -20,6 +20,8 @@ from celery.app.task import Context
 from celery.app.trace import get_actual_ignore_result
 from celery.backends.redis import RedisBackend
 
+from nograd.tasks.backend import RedisBackend as OwnRedisBackend
+
 #: results in one call of the script, and bytes: Redis runs nothing else meanwhile
 MOST_RESULTS = 256
 MOST_BYTES = 4 * 1024 * 1024
@@ -34,9 +36,9 @@ class ResultStore:
     def __init__(self, app: Any, task: Any, hostname: str) -> None:
         self._app = app
         self._task = task
-        self._hostname = hostname
-        # Exactly this class: a subclass (Sentinel's, a user's) may store in another way.
-        self.usable = type(app.backend) is RedisBackend and not app.conf.task_track_started
+        self.hostname = hostname
+        # Exactly these classes: another (Sentinel's, a user's) may store in another way.
+        self.usable = type(app.backend) in (RedisBackend, OwnRedisBackend) and not app.conf.task_track_started
         self._script = app.backend.client.register_script(_SCRIPT) if self.usable else None
 
     def plain(self, request: Mapping[str, Any], embed: Mapping[str, Any] | None) -> bool:
@@ -45,14 +47,31 @@ class ResultStore:
             return False
         return not any((embed or {}).get(key) or request.get(key) for key in _EVENTFUL)
 
-    def encode(self, request: dict[str, Any], args: Any, kwargs: Any, value: Any) -> tuple[str, str] | None:
+    def encode(
+        self, request: dict[str, Any], args: Any, kwargs: Any, value: Any, timings: dict[str, Any] | None
+    ) -> tuple[str, str] | None:
         """Key and encoded metadata of a success; None if nothing is to be stored (``ignore_result``).
+
+        Args:
+            request: Celery's headers of the task.
+            args: of the task, for ``result_extended``.
+            kwargs: of the task.
+            value: the prediction.
+            timings: for a backend that stores them (`nograd.tasks.backend`).
 
         Raises:
             Exception: whatever the serializer says of a value it cannot hold; the complete path then stores a failure.
         """
         backend = self._app.backend
-        context = Context(request, args=args, kwargs=kwargs, hostname=self._hostname, called_directly=False)
+        context = Context(
+            request,
+            args=args,
+            kwargs=kwargs,
+            hostname=self.hostname,
+            called_directly=False,
+            timings=timings,
+            headers={},  # those of the sender's own: nothing of them is stored, and to find them out costs most of this
+        )
         if get_actual_ignore_result(self._task, context):
             return None
         meta = backend._get_result_meta(result=value, state="SUCCESS", traceback=None, request=context)  # noqa: SLF001

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -17,6 +17,9 @@ from nograd.producer.client import Client
 from nograd.tasks import Settings
 from nograd.tasks.errors import ConfigError, JobCancelled, NogradError
 from nograd.tasks.settings import check_redis_url
+
+if TYPE_CHECKING:
+    from nograd.tasks.timings import Timings
 
 OK, FAILED, USAGE, CANCELLED = 0, 1, 2, 4
 
@@ -92,6 +95,28 @@ def show(prediction: Any) -> str:
     if isinstance(prediction, str):
         return prediction
     return msgspec.json.encode(prediction).decode()
+
+
+def describe_timings(timings: Timings) -> str:
+    """Timings on one line for people."""
+    stages = {
+        "queue": timings.queue_s,
+        "prepare": timings.prepare_s,
+        "batch wait": timings.batch_wait_s,
+        "device": timings.device_s,
+        "settle": timings.settle_s,
+    }
+    parts = [f"{name} {'unknown' if spent is None else _show_seconds(spent)}" for name, spent in stages.items()]
+    if timings.batches:
+        several = f" in {timings.batches} batches" if timings.batches > 1 else ""
+        parts[3] += f" (batch of {timings.batch_size}{several})"
+    parts += [f"{name} {count}" for name, count in (("retries", timings.retries), ("deaths", timings.deaths)) if count]
+    where = f"version {timings.model_version or 'unknown'} on {timings.worker or 'unknown'}"
+    return " · ".join([*parts, where])
+
+
+def _show_seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
 
 
 def exit_code(errors: list[NogradError]) -> int:

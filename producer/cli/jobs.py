@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
+from celery import states
 
 from nograd.producer.client import PRIORITIES
-from nograd.producer.outcomes import error_to_dict
-from nograd.tasks.errors import InvalidInput, JobError, NogradError, ResultTimeout
+from nograd.producer.outcomes import Outcome, error_to_dict
+from nograd.tasks.errors import InvalidInput, NogradError, ResultTimeout
 
-from .common import Run, command, exit_code, show
+from .common import Run, command, describe_timings, exit_code, show
 
 if TYPE_CHECKING:
     from nograd.producer.client import Priority
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 )
 @click.option("--wait", is_flag=True, help="Print the predictions, in order, instead of the ids.")
 @click.option("--timeout", type=float, metavar="S", help="Seconds to wait for all of them; default: for ever.")
+@click.option("--timings", is_flag=True, help="With --wait: also what each job spent its time on.")
 def submit(
     run: Run,
     *,
@@ -44,6 +47,7 @@ def submit(
     priority: Priority,
     wait: bool,
     timeout: float | None,
+    timings: bool,
 ) -> int:
     """Send one job for each INPUT and print its id.
 
@@ -63,21 +67,23 @@ def submit(
             for job in jobs:
                 run.emit({"id": job.id, "model": model}, job.id)
             return 0
-        return _print_results(run, jobs, timeout, words if len(words) > 1 else ())
+        return _print_results(run, jobs, timeout, words if len(words) > 1 else (), timings=timings)
 
 
 @command
 @click.argument("ids", metavar="ID...", nargs=-1, required=True)
 @click.option("--wait", is_flag=True, help="Wait for jobs that have no outcome yet.")
 @click.option("--timeout", type=float, metavar="S", help="Seconds to wait for all of them; implies --wait.")
-def result(run: Run, *, ids: tuple[str, ...], wait: bool, timeout: float | None) -> int:
+@click.option("--timings", is_flag=True, help="Also what each job spent its time on.")
+def result(run: Run, *, ids: tuple[str, ...], wait: bool, timeout: float | None, timings: bool) -> int:
     """Print the prediction of each job, or why it has none.
 
-    Without --wait a job that has no outcome yet is an error (exit code 1).
+    Without --wait a job that has no outcome yet is an error (exit code 1). JSON always holds the timings.
     """
     with run.client() as client:
         jobs = [client.job(job_id) for job_id in ids]
-        return _print_results(run, jobs, timeout if wait or timeout else 0, ids if len(ids) > 1 else ())
+        names = ids if len(ids) > 1 else ()
+        return _print_results(run, jobs, timeout if wait or timeout else 0, names, timings=timings)
 
 
 @command
@@ -91,22 +97,30 @@ def cancel(run: Run, *, ids: tuple[str, ...]) -> int:
     return 0
 
 
-def _print_results(run: Run, jobs: Iterable[Job], timeout: float | None, names: Iterable[str]) -> int:
+def _print_results(run: Run, jobs: Iterable[Job], timeout: float | None, names: Iterable[str], *, timings: bool) -> int:
     """Print outcomes in order as they come; the exit code."""
     deadline = None if timeout is None else time.monotonic() + timeout
     errors: list[NogradError] = []
     for job, name in itertools.zip_longest(jobs, names):
-        about = {"id": job.id, **({"model": job.model} if job.model else {}), **({"input": name} if name else {})}
+        document = {"id": job.id, **({"model": job.model} if job.model else {}), **({"input": name} if name else {})}
         prefix = f"{name}: " if name else ""
         try:
-            prediction = job.result(None if deadline is None else max(0, deadline - time.monotonic()))
-        except (JobError, ResultTimeout) as err:
-            errors.append(err)
-            run.complain(f"{prefix}{err.message}")
-            if run.json:
-                run.emit({**about, "error": error_to_dict(err)}, "")
+            outcome = job.wait(None if deadline is None else max(0, deadline - time.monotonic()))
+        except ResultTimeout as err:
+            outcome = Outcome(states.PENDING, error=err)
+        spent = outcome.timings
+        if spent is not None:
+            document["timings"] = msgspec.to_builtins(spent)
+        error = outcome.error
+        if error is None:
+            run.emit({**document, "prediction": outcome.value}, f"{prefix}{show(outcome.value)}")
         else:
-            run.emit({**about, "prediction": prediction}, f"{prefix}{show(prediction)}")
+            errors.append(error)
+            run.complain(f"{prefix}{error.message}")
+            if run.json:
+                run.emit({**document, "error": error_to_dict(error)}, "")
+        if timings and spent is not None and not run.json:
+            run.emit({}, f"  {describe_timings(spent)}")
     return exit_code(errors)
 
 

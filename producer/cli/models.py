@@ -15,10 +15,10 @@ def models(run: Run) -> int:
     """List the models that are known: those of the model file and those workers have registered."""
     with run.client() as client:
         cards = client.models()
-    table = Table("model", "loader", "input", "queue", "batch", "seen")
+    table = Table("model", "loader", "input", "queue", "batch", "version", "seen")
     for card in cards.values():
         seen = f"{time.time() - card.seen_at:.0f} s ago" if card.seen_at else "in the file only"
-        table.add_row(card.name, card.loader, card.input, card.queue, str(card.max_items), seen)
+        table.add_row(card.name, card.loader, card.input, card.queue, str(card.max_items), card.version, seen)
     empty = "no model is known: give --models FILE, or start a worker"
     run.emit({"models": [msgspec.to_builtins(card) for card in cards.values()]}, table if cards else empty)
     return 0

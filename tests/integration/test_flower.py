@@ -104,6 +104,10 @@ def test_a_job_is_shown_by_what_it_is_about_and_never_by_its_contents(client, fl
     assert task["name"] == "nograd.predict"
     assert task["args"] == "slow int"
     assert task["worker"].startswith("test-")
+    assert task["timings"]["batches"] == 1
+    assert task["timings"]["worker"] == task["worker"]
+    assert task["runtime"] > 0
+    assert "model_version" in flower(f"/task/{job.id}")
 
 
 def test_flower_s_api_submits_predictions(client, flower):

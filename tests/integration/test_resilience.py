@@ -86,6 +86,7 @@ def test_a_job_that_kills_workers_ends_in_the_dead_list_and_its_neighbours_succe
         launch()
         with pytest.raises(WorkerDied, match="3 workers died"):
             jobs[20].result(150)
+        assert jobs[20].timings().deaths == 3
         assert [job.result(60) for n, job in enumerate(jobs) if n != 20] == list(range(40))
         (letter,) = transport.DeadLetters(client.app.backend.client)
         assert letter["task_id"] == jobs[20].id

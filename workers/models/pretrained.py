@@ -61,6 +61,7 @@ def open_network(model: HostedModel, spec: TransformersSpec, autos: Sequence[Any
         if not known:
             raise model.error("task", spec.task, f"a {config.model_type} model ({spec.model}) has no head for it")
         network, report = known[0].from_pretrained(where, dtype=dtype_of(model), output_loading_info=True, **options)
+    model.revision = getattr(config, "_commit_hash", None)
     # Feature extraction reads the last hidden state; the pooler behind it is not used, and often not saved.
     unused = "pooler" if spec.task.endswith("feature-extraction") else None
     if missing := sorted(name for name in report["missing_keys"] if unused is None or unused not in name):
