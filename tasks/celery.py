@@ -171,6 +171,6 @@ def _let_flower_show_timings(sender: Any = None, **_: Any) -> None:
         return
     from celery.events.state import Task
 
-    if "timings" not in Task._fields:  # noqa: SLF001 - there is no other way to name one
+    if "timings" not in Task._fields:
         Task.timings = None
-        Task._fields = (*Task._fields, "timings")  # noqa: SLF001
+        Task._fields = (*Task._fields, "timings")

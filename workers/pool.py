@@ -22,6 +22,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from celery import states
+from celery.app.task import Context
 from celery.concurrency.base import BasePool
 from celery.worker import state
 
@@ -176,7 +178,9 @@ class TaskPool(BasePool):  # type: ignore[misc]
     def _bury(self, message: Message, error: JobError) -> None:
         """Store the failure of a job that kills workers, and keep its message for whoever wants to know why."""
         # Stored first: a worker that dies between the two leaves a job that has its end.
-        self.app.backend.mark_as_failure(message.id, error)
+        node = self.settler.node if self.settler is not None else None
+        request = Context(message.request_dict, hostname=node, timings=message.timings(node))
+        self.app.backend.store_result(message.id, error, states.FAILURE, request=request)
         transport.bury(message.delivery, error.message, task_id=message.id, task=message.raw[0])
 
     # -- what others may know ----------------------------------------------------------------------------------------

@@ -56,6 +56,8 @@ class Settler:
     """
 
     def __init__(self, store: ResultStore, resultrepr_maxsize: int) -> None:
+        #: name of this worker
+        self.node = store.hostname
         self._store = store
         self._maxsize = resultrepr_maxsize
         self._crew: Crew[tuple[Message, Outcome | None]] = Crew("nograd-settle", 1, self._settle, MOST_AT_ONCE)
@@ -92,7 +94,7 @@ class Settler:
 
     def _timed(self, message: Message, outcome: Outcome) -> Outcome:
         """The outcome with its timings: on both paths the result is stored with them, and the last event has them."""
-        timings = message.timings(self._store.hostname)
+        timings = message.timings(self.node)
         if message.celery.request is not None:
             message.celery.request.timings = timings
         return Outcome(outcome.value, outcome.error, timings)
