@@ -115,6 +115,8 @@ class TensorReader:
             raise InvalidInput(f"{_place(index)} is {array[index]}")
 
     def _cast_whole(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
+        if array.dtype.kind == "b":
+            return torch.from_numpy(array.copy()).to(self.dtype)
         low, high = (0, 1) if self.dtype is torch.bool else (torch.iinfo(self.dtype).min, torch.iinfo(self.dtype).max)
         wrong = (array < low) | (array >= high + 1)  # not "> high": as a float, 2**63 - 1 is 2**63
         if array.dtype.kind == "f":
