@@ -4,10 +4,18 @@
 
     NogradError
     ├── ConfigError            fix the configuration; the message names key, value and file
-    │   └── ModelFileError
+    │   ├── ModelFileError
+    │   └── MissingExtra       an optional library is not installed; the message names the extra
     ├── BrokerUnavailable      Redis cannot be reached; try again
     ├── ResultTimeout          the job is still on its way; ask again later
     ├── UnknownModel           no such model; the message lists the known ones
+    ├── BackfillError          a backfill cannot go on; what is committed stays, and it can be resumed
+    │   ├── SourceError        the inputs cannot be read; the message names the file and the place in it
+    │   ├── PlanChanged        inputs, model or parameters are not those of the plan; the message lists what changed
+    │   ├── OutputError        the output folder refuses what a commit needs
+    │   │   └── OutputFull     no space left there; make room and resume
+    │   ├── NotFinished        chunks are still missing
+    │   └── VerificationFailed committed output is not what its records say
     └── JobError               stored as the outcome of one job
         ├── InvalidInput       this input will never work: fix it, do not retry
         ├── ModelFailed        the model raised on this input
@@ -52,6 +60,12 @@ class ModelFileError(ConfigError):
     code = "model_file"
 
 
+class MissingExtra(ConfigError):  # noqa: N818 - a state, as the caller sees it
+    """A library that only some uses need is not installed."""
+
+    code = "missing_extra"
+
+
 class BrokerUnavailable(NogradError):  # noqa: N818 - a state, as the caller sees it
     """Redis did not answer, or not any more.
 
@@ -73,6 +87,50 @@ class UnknownModel(NogradError):  # noqa: N818 - a state, as the caller sees it
     """No model of that name is in the model file or was ever registered by a worker."""
 
     code = "unknown_model"
+
+
+class BackfillError(NogradError):
+    """A backfill cannot go on. What is committed stays; once the cause is mended, resume it."""
+
+    code = "backfill"
+
+
+class SourceError(BackfillError):
+    """The inputs cannot be listed, or one of them cannot be read. The message names it."""
+
+    code = "source"
+
+
+class PlanChanged(BackfillError):  # noqa: N818 - a state, as the caller sees it
+    """The inputs, the model or the parameters are not those the plan was made for; the message says what changed."""
+
+    code = "plan_changed"
+
+
+class OutputError(BackfillError):
+    """The output folder cannot be written, or lacks what a commit needs."""
+
+    code = "output"
+
+
+class OutputFull(OutputError):  # noqa: N818 - a state, as the caller sees it
+    """No space is left for the output. Nothing of the chunk was committed; make room and resume."""
+
+    code = "output_full"
+    retryable = True
+
+
+class NotFinished(BackfillError):  # noqa: N818 - a state, as the caller sees it
+    """Chunks are still missing; the message says how many."""
+
+    code = "not_finished"
+    retryable = True
+
+
+class VerificationFailed(BackfillError):  # noqa: N818 - a state, as the caller sees it
+    """The committed output is not what its records say; the message lists the differences."""
+
+    code = "verification_failed"
 
 
 class JobError(NogradError):

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ALLOWED = {"tasks": {"tasks"}, "producer": {"producer", "tasks"}, "workers": {"workers", "tasks"}}
 #: the worker's own libraries, and what comes with them
-HEAVY = ["torch", "torchvision", "transformers", "lightning", "numpy", "PIL"]
+HEAVY = ["torch", "torchvision", "transformers", "lightning", "numpy", "PIL", "pyarrow", "fsspec"]
 
 
 def modules(folder):

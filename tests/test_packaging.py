@@ -32,7 +32,7 @@ def test_the_base_install_has_no_torch():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     base = {requirement.split(">")[0].split("[")[0] for requirement in project["dependencies"]}
     assert base == {"celery", "click", "msgpack", "msgspec", "rich"}
-    assert set(project["optional-dependencies"]) == {"worker", "flower", "dev"}
+    assert set(project["optional-dependencies"]) == {"backfill", "worker", "flower", "dev"}
 
 
 @pytest.fixture(scope="module")

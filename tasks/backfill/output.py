@@ -1,0 +1,288 @@
+"""Parts and errors files: what a chunk's rows look like in the output.
+
+Laws:
+
+* The same rows and predictions make the same bytes, however they were sliced and whoever wrote them: rows are in input
+  order, row groups have a fixed size, and no time and no name of a worker is in a part.
+* A prediction that does not fit the declared type is an error row, never a crash and never silently cut.
+* Every row of the chunk is in the part or in the errors file, and in one of them only; `PartWriter.finish` counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from nograd.tasks.errors import BackfillError
+
+from .commit import Part
+from .plan import Plan
+from .rows import RowFailure, Slice
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+else:
+    from .extra import np, pa, pq
+
+#: what Arrow raises for a value that does not fit a type
+_MISFIT = (TypeError, ValueError, OverflowError, NotImplementedError)
+
+
+def infer_type(predictions: Sequence[Any] | pa.Array | np.ndarray[Any, Any]) -> pa.DataType:
+    """The type to declare for predictions like these.
+
+    Arrays keep their own type; of plain values: numbers of which one is a float are floats, keys that some lack may be
+    missing, null goes with everything.
+
+    Raises:
+        BackfillError: if the values have no type in common.
+    """
+    try:
+        kind = as_array(predictions).type
+    except _MISFIT as err:
+        raise BackfillError(f"the predictions have no type in common: {err}") from err
+    return pa.string() if pa.types.is_null(kind) else _without_null(kind)
+
+
+def _without_null(kind: pa.DataType) -> pa.DataType:
+    """Empty lists and keys that were always null have no type yet; text takes the least."""
+    if pa.types.is_null(kind):
+        return pa.string()
+    if pa.types.is_struct(kind):
+        return pa.struct([(field.name, _without_null(field.type)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(_without_null(kind.value_type))
+    return kind
+
+
+def as_array(predictions: Sequence[Any] | pa.Array | np.ndarray[Any, Any], kind: pa.DataType | None = None) -> pa.Array:
+    """Predictions as a column: an Arrow array as it is, an array of numbers without an object per row.
+
+    An array of ``n`` rows and more dimensions becomes lists of lists.
+    """
+    if isinstance(predictions, pa.Array | pa.ChunkedArray):
+        column = predictions.combine_chunks() if isinstance(predictions, pa.ChunkedArray) else predictions
+        return column if kind is None else column.cast(kind)
+    if not hasattr(predictions, "dtype"):
+        return pa.array(predictions, kind)
+    array = np.ascontiguousarray(predictions)
+    column = pa.array(array.reshape(-1))
+    for width in reversed(array.shape[1:]):
+        offsets = np.arange(0, len(column) + 1, width) if width else np.zeros(len(array) + 1)
+        column = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), column)
+    return column if kind is None else column.cast(kind)
+
+
+class PartWriter:
+    """Collects the rows of one chunk, in order.
+
+    Args:
+        plan: what they are rows of.
+        chunk: which.
+        rows: how many there must be in the end.
+    """
+
+    def __init__(self, plan: Plan, chunk: int, rows: int) -> None:
+        self._plan = plan
+        self._chunk = chunk
+        self._rows = rows
+        self._schema = plan.output.schema.to_arrow()
+        self._kind = self._schema.field("prediction").type
+        self._batches: list[pa.RecordBatch] = []
+        self._numbers: list[pa.Array] = []
+        self._failures: list[RowFailure] = []
+
+    def add(
+        self,
+        piece: Slice,
+        predictions: Sequence[Any] | pa.Array | np.ndarray[Any, Any],
+        failures: Mapping[int, RowFailure] | None = None,
+    ) -> None:
+        """Add the rows of a slice: those that could not be read, those that failed, those with a prediction.
+
+        Args:
+            piece: the slice.
+            predictions: one for each of its good rows, in order; what stands at a failed one is ignored.
+            failures: position among the good rows → why it failed.
+
+        Raises:
+            BackfillError: if the numbers do not match: nobody knows whose prediction is whose.
+        """
+        good = piece.good_indices
+        if len(predictions) != len(good):
+            raise BackfillError(f"{len(predictions)} predictions for {len(good)} rows")
+        bad = {good[index]: failure for index, failure in (failures or {}).items()}
+        usable = [index for index in range(len(good)) if good[index] not in bad]
+        taken = predictions if len(usable) == len(good) else _take(predictions, usable)
+        column, misfits = self._fit(taken)
+        ids = piece.batch.column(self._plan.source.id)
+        for index, message in misfits.items():
+            at = good[usable[index]]
+            bad[at] = RowFailure(
+                row=piece.rows[at].as_py(), id=ids[at].as_py(), stage="output", type="output_type", message=message
+            )
+        if misfits:
+            usable = [position for index, position in enumerate(usable) if index not in misfits]
+        rows = pa.array([good[index] for index in usable], pa.int64())
+        everything = len(rows) == len(piece)
+        kept = piece.batch if everything else piece.batch.take(rows)
+        arrays = [column if field.name == "prediction" else kept.column(field.name) for field in self._schema]
+        self._batches.append(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
+        self._numbers.append(piece.rows if everything else piece.rows.take(rows))
+        self._failures.extend(failure for _, failure in sorted({**bad, **piece.failures}.items()))
+
+    def finish(self) -> Part:
+        """The bytes of the chunk.
+
+        Raises:
+            BackfillError: if rows are missing or too many.
+        """
+        table = pa.Table.from_batches(self._batches, self._schema)
+        if table.num_rows + len(self._failures) != self._rows:
+            raise BackfillError(
+                f"chunk {self._plan.chunk_id(self._chunk)}: {table.num_rows} predictions and {len(self._failures)} "
+                f"failed rows are not the {self._rows} rows of the plan"
+            )
+        write = {"parquet": self._parquet, "jsonl": _jsonl, "openai": self._openai}[self._plan.output.format]
+        failed = self._openai_errors() if self._plan.output.format == "openai" else _lines(self._failures)
+        return Part(data=write(table), errors=failed, rows_ok=table.num_rows, rows_err=len(self._failures))
+
+    def _fit(self, predictions: Any) -> tuple[pa.Array, dict[int, str]]:
+        """The predictions in the declared type, and which do not fit."""
+        try:
+            if hasattr(predictions, "dtype") or isinstance(predictions, pa.Array | pa.ChunkedArray):
+                own = as_array(predictions)
+                if _lossless(own.type, self._kind):
+                    return own.cast(self._kind), {}
+                predictions = own.to_pylist()
+            elif all(_fits(value, self._kind) for value in predictions):
+                return pa.array(predictions, self._kind), {}
+        except _MISFIT:
+            predictions = predictions.tolist() if hasattr(predictions, "tolist") else list(predictions)
+        fitting, misfits = [], {}
+        for index, value in enumerate(predictions):
+            try:
+                if not _fits(value, self._kind):
+                    raise TypeError
+                fitting.append(pa.array([value], self._kind))
+            except _MISFIT:
+                misfits[index] = f"the prediction {_shown(value)} is no {self._kind}"
+        return (pa.concat_arrays(fitting) if fitting else pa.array([], self._kind)), misfits
+
+    def _parquet(self, table: pa.Table) -> bytes:
+        metadata = {
+            "nograd.plan": self._plan.sha256,
+            "nograd.chunk": str(self._chunk),
+            "nograd.model": self._plan.model.name,
+            "nograd.model_sha256": self._plan.model.sha256,
+            "nograd.versions": msgspec.json.encode(
+                {**self._plan.versions, **self._plan.model.versions}, order="deterministic"
+            ).decode(),
+        }
+        sink = pa.BufferOutputStream()
+        pq.write_table(
+            table.replace_schema_metadata(metadata).combine_chunks(),
+            sink,
+            row_group_size=self._plan.output.row_group_rows,
+            compression="zstd",
+            version="2.6",
+            write_statistics=True,
+        )
+        return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+    def _openai(self, table: pa.Table) -> bytes:
+        rows = table.to_pylist()
+        numbers = [number for array in self._numbers for number in array.to_pylist()]
+        return _lines(
+            [
+                self._line(
+                    number,
+                    row["custom_id"],
+                    {
+                        "status_code": 200,
+                        "request_id": self._request(number),
+                        "body": {"model": self._plan.model.name, "prediction": row["prediction"]},
+                    },
+                    None,
+                )
+                for number, row in zip(numbers, rows, strict=True)
+            ]
+        )
+
+    def _openai_errors(self) -> bytes:
+        return _lines(
+            [
+                {
+                    **self._line(failure.row, failure.id, None, {"code": failure.type, "message": failure.message}),
+                    "row": failure.row,
+                    "stage": failure.stage,
+                }
+                for failure in self._failures
+            ]
+        )
+
+    def _line(self, number: int, custom_id: Any, response: Any, error: Any) -> dict[str, Any]:
+        return {"id": self._request(number), "custom_id": custom_id, "response": response, "error": error}
+
+    def _request(self, number: int) -> str:
+        return f"batch_req_{self._plan.job}_{number}"
+
+
+def _take(predictions: Any, indices: list[int]) -> Any:
+    if isinstance(predictions, pa.Array | pa.ChunkedArray):
+        return predictions.take(pa.array(indices, pa.int64()))
+    return predictions[indices] if hasattr(predictions, "dtype") else [predictions[index] for index in indices]
+
+
+def _lossless(own: pa.DataType, declared: pa.DataType) -> bool:
+    """Whether a cast cannot turn one value into another."""
+    if own.equals(declared):
+        return True
+    if pa.types.is_list(own) and pa.types.is_list(declared):
+        return _lossless(own.value_type, declared.value_type)
+    if pa.types.is_integer(own):  # a safe cast: what does not fit raises
+        return bool(pa.types.is_integer(declared) or pa.types.is_floating(declared))
+    return bool(pa.types.is_floating(own) and pa.types.is_floating(declared) and own.bit_width <= declared.bit_width)
+
+
+def _fits(value: Any, kind: pa.DataType) -> bool:
+    """Whether Arrow would keep all of a plain value: it drops keys it does not know, and turns truth into numbers."""
+    if value is None:
+        return True
+    if isinstance(value, dict):
+        if not pa.types.is_struct(kind):
+            return False
+        types = {field.name: field.type for field in kind}
+        return set(value) <= set(types) and all(_fits(item, types[key]) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return bool(pa.types.is_list(kind)) and all(_fits(item, kind.value_type) for item in value)
+    for plain, holds in _PLAIN:
+        if isinstance(value, plain):
+            return any(getattr(pa.types, name)(kind) for name in holds)
+    return True
+
+
+#: plain values and the kinds of type that keep them as they are; bool first, for it is an int, too
+_PLAIN: tuple[tuple[type, tuple[str, ...]], ...] = (
+    (bool, ("is_boolean",)),
+    (int, ("is_integer", "is_floating")),
+    (float, ("is_floating",)),
+)
+
+
+def _jsonl(table: pa.Table) -> bytes:
+    return _lines(table.to_pylist())
+
+
+def _lines(rows: Sequence[Any]) -> bytes:
+    encoder = msgspec.json.Encoder()
+    return b"".join(encoder.encode(row) + b"\n" for row in rows)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:120]}…"

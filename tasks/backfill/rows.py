@@ -1,0 +1,66 @@
+"""What travels between reading, scoring and writing: slices of rows, and rows that failed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+else:
+    from .extra import pa
+
+#: where a row failed: its record could not be read; the model's ``prepare``, ``forward`` or ``finish`` raised;
+#: the prediction does not fit the declared type; the worker died over it
+Stage = Literal["read", "prepare", "predict", "output", "crash"]
+
+
+class RowFailure(msgspec.Struct, frozen=True, kw_only=True):
+    """A row that has no prediction, and why. One line of an errors file.
+
+    Attributes:
+        row: its position in the input, counted over all files.
+        id: its id, None if that could not be read either.
+        stage: where it failed.
+        type: of the error: an error's ``code`` or the name of an exception's class.
+        message: for people.
+    """
+
+    row: int
+    id: Any
+    stage: Stage
+    type: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Neighbouring rows of a chunk.
+
+    Attributes:
+        position: of its first row, counted in the chunk.
+        batch: the columns of the plan's source schema, for every row; null where the row failed.
+        rows: position of each row in the input (int64).
+        failures: index in the batch → why that row could not be read.
+    """
+
+    position: int
+    batch: pa.RecordBatch
+    rows: pa.Array
+    failures: Mapping[int, RowFailure] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return int(self.batch.num_rows)
+
+    @property
+    def good(self) -> pa.RecordBatch:
+        """The rows that were read: what the model is given. Its i-th row is the batch's `good_indices` [i]."""
+        return self.batch if not self.failures else self.batch.take(pa.array(self.good_indices, pa.int64()))
+
+    @property
+    def good_indices(self) -> list[int]:
+        """Where in the batch the rows stand that were read."""
+        return [index for index in range(len(self)) if index not in self.failures]

@@ -1,0 +1,143 @@
+"""Object stores and whatever else fsspec reaches.
+
+A name is taken by a conditional put, ``pipe_file(mode="create")``, which S3 answers by ``If-None-Match: *``. fsspec's
+default for it looks first and writes then, which two racing workers pass together; and an exclusive ``open`` of a
+file server shows a file before its content is there. So a file system without a ``pipe_file`` of its own is refused,
+and so is one that ignores the mode: `RemoteStore.probe` finds out.
+
+There is no rename: a staged object gets its final name by a copy on the server. Copying the same object twice is
+harmless, which is all `RemoteStore.settle` needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+from nograd.tasks.errors import OutputError
+
+from .layout import STAGING
+from .store import refusals
+
+if not TYPE_CHECKING:
+    from .extra import fsspec
+else:
+    import fsspec
+
+
+class RemoteStore:
+    """A prefix on an fsspec file system.
+
+    Attributes:
+        url: the prefix, as given.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+        except (ImportError, ValueError) as err:
+            raise OutputError(f"cannot write to {url}: {err}") from err
+
+    def probe(self) -> str:
+        """Create a name, be refused it the second time, read it back, and copy it."""
+        name = f"{STAGING}/probe-{uuid.uuid4().hex}"
+        self._check_exclusive()
+        try:
+            if not self.create(name, b"first") or self.create(name, b"second") or self.read(name) != b"first":
+                raise OutputError(f"{self.url}: creating an object a second time did not fail as it must")
+            self.settle(self.stage(b"third"), f"{name}-3", 5)
+        except NotImplementedError as err:
+            raise OutputError(f"{self.url} cannot hold a backfill: {err or 'no exclusive creation'}") from err
+        finally:
+            with contextlib.suppress(OutputError, NotImplementedError):
+                self.remove(name)
+                self.remove(f"{name}-3")
+        return "put"
+
+    def stage(self, data: bytes) -> str:
+        """Put an object under a name nobody else has."""
+        name = f"{STAGING}/{uuid.uuid4().hex}"
+        with refusals(self.url, "write to"):
+            self._put(name, data)
+        return name
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Put an object on the condition that there is none of that name."""
+        with refusals(f"{self.url}/{name}", "create"):
+            try:
+                self._put(name, data)
+            except FileExistsError:
+                # The store may have done it and the answer was lost, and the client then asked again.
+                return self.read(name) == data
+        return True
+
+    def settle(self, staged: str, name: str, size: int) -> None:
+        """Copy a staged object to its final name, unless somebody has."""
+        with refusals(f"{self.url}/{name}", "create"):
+            try:
+                if self.size(name) != size:
+                    self._fs.cp_file(self._path(staged), self._path(name))
+            except FileNotFoundError:
+                if self.size(name) != size:
+                    raise OutputError(
+                        f"{self.url}/{name} is gone, and what it was made from ({staged}) as well"
+                    ) from None
+            self.remove(staged)
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Put an object whatever stood there."""
+        with refusals(f"{self.url}/{name}", "write"):
+            self._fs.pipe_file(self._path(name), data)
+
+    def read(self, name: str) -> bytes:
+        """All bytes of an object."""
+        with refusals(f"{self.url}/{name}", "read"):
+            return cast("bytes", self._fs.cat_file(self._path(name)))
+
+    def open(self, name: str) -> BinaryIO:
+        """An object, read in pieces."""
+        with refusals(f"{self.url}/{name}", "read"):
+            return cast("BinaryIO", self._fs.open(self._path(name), "rb"))
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an object, None if there is none."""
+        with contextlib.suppress(FileNotFoundError), refusals(f"{self.url}/{name}", "look at"):
+            return int(self._fs.info(self._path(name))["size"])
+        return None
+
+    def names(self, folder: str) -> list[str]:
+        """The objects under a prefix, sorted."""
+        with contextlib.suppress(FileNotFoundError), refusals(f"{self.url}/{folder}", "list"):
+            self._fs.invalidate_cache(self._path(folder))
+            found: list[dict[str, Any]] = self._fs.ls(self._path(folder), detail=True)
+            return sorted(entry["name"].rsplit("/", 1)[-1] for entry in found if entry["type"] == "file")
+        return []
+
+    def remove(self, name: str) -> None:
+        """Remove an object, if it is there."""
+        with contextlib.suppress(FileNotFoundError), refusals(f"{self.url}/{name}", "remove"):
+            self._fs.rm_file(self._path(name))
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def _check_exclusive(self) -> None:
+        """Refuse a file system that has only fsspec's default.
+
+        Raises:
+            OutputError: naming its class.
+        """
+        asynchronous = isinstance(self._fs, fsspec.asyn.AsyncFileSystem)
+        base, put = (
+            (fsspec.asyn.AsyncFileSystem, "_pipe_file")
+            if asynchronous
+            else (fsspec.spec.AbstractFileSystem, "pipe_file")
+        )
+        kind = type(self._fs)
+        if getattr(kind, put) is getattr(base, put):
+            raise OutputError(f"{self.url} cannot hold a backfill: {kind.__name__} has no conditional put")
+
+    def _put(self, name: str, data: bytes) -> None:
+        self._fs.pipe_file(self._path(name), data, mode="create")
