@@ -371,21 +371,14 @@ class BatchQueue:
     Owns its lock and its clock; `take` blocks, nothing else does. It has no capacity of its own, since whoever puts
     cannot wait: see `intake`.
 
-    Args:
-        limits: of each model.
-        clock: in seconds.
+    Attributes:
         on_taken: called, without the lock, by whoever has taken items out.
     """
 
-    def __init__(
-        self,
-        limits: Mapping[str, Limits],
-        clock: Callable[[], float] = time.monotonic,
-        on_taken: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, limits: Mapping[str, Limits], clock: Callable[[], float] = time.monotonic) -> None:
+        self.on_taken: Callable[[], None] = lambda: None
         self._backlog = Backlog(limits)
         self._clock = clock
-        self._on_taken = on_taken
         self._changed = threading.Condition()
         self._closed = False
 
@@ -421,7 +414,7 @@ class BatchQueue:
         with self._changed:
             batch = self._wait_for_batch()
         if batch is not None:
-            self._on_taken()
+            self.on_taken()
         return batch
 
     def _wait_for_batch(self) -> Batch | None:
@@ -450,7 +443,7 @@ class BatchQueue:
         """See `Backlog.remove_model`."""
         with self._changed:
             items = self._backlog.remove_model(name)
-        self._on_taken()
+        self.on_taken()
         return items
 
     def close(self) -> list[Item]:

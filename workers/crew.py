@@ -1,4 +1,4 @@
-"""A few threads that do one kind of work."""
+"""A few threads that do one kind of work, what is bulk of it last."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,9 @@ class Crew(Generic[T]):
     def __init__(self, name: str, size: int, work: Callable[[list[T]], None], most: int = 1) -> None:
         self._work = work
         self._most = most
-        self._items: queue.SimpleQueue[T | None] = queue.SimpleQueue()
+        self._lanes: tuple[deque[T], deque[T]] = (deque(), deque())
+        #: True for each item in a lane, False for each thread that is to end
+        self._tickets: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._closed = False
         self._threads = [threading.Thread(target=self._run, name=f"{name}-{n}", daemon=True) for n in range(size)]
 
@@ -39,10 +43,30 @@ class Crew(Generic[T]):
         for thread in self._threads:
             thread.start()
 
-    def submit(self, item: T) -> None:
-        """Add an item; dropped once the crew is closed. Never blocks."""
+    def submit(self, item: T, *, bulk: bool = False) -> None:
+        """Add an item, bulk behind all others; dropped once the crew is closed. Never blocks."""
         if not self._closed:
-            self._items.put(item)
+            self._lanes[bulk].append(item)
+            self._tickets.put(True)
+
+    def overtake(self) -> bool:
+        """Do what waits and is not bulk, on the calling thread, in the middle of other work; whether there was any."""
+        done = False
+        while self._lanes[0]:
+            try:
+                ticket = self._tickets.get_nowait()
+            except queue.Empty:  # another thread is about to take it
+                break
+            try:
+                item = self._lanes[0].popleft() if ticket else None
+            except IndexError:
+                item = None
+            if item is None:
+                self._tickets.put(ticket)
+                break
+            self._do([item])
+            done = True
+        return done
 
     def close(self) -> list[T]:
         """Begin nothing more; what nobody has begun with, in order."""
@@ -63,25 +87,34 @@ class Crew(Generic[T]):
 
     def _dismiss(self) -> None:
         for _ in self._threads:
-            self._items.put(None)
+            self._tickets.put(False)
 
     def _take(self, limit: int | None) -> list[T]:
         taken: list[T] = []
         while limit is None or len(taken) < limit:
             try:
-                item = self._items.get_nowait()
+                ticket = self._tickets.get_nowait()
             except queue.Empty:
                 break
-            if item is None:  # meant for a thread that waits
-                self._items.put(None)
+            if not ticket:  # meant for a thread that waits
+                self._tickets.put(False)
                 break
-            taken.append(item)
+            taken.append(self._next())
         return taken
 
+    def _next(self) -> T:
+        """The item of a ticket. There is one for each, but others may be at the same deques."""
+        while True:
+            for lane in self._lanes:
+                with suppress(IndexError):
+                    return lane.popleft()
+
     def _run(self) -> None:
-        while (first := self._items.get()) is not None:
-            items = [first, *self._take(self._most - 1)]
-            try:
-                self._work(items)
-            except BaseException:
-                logger.critical("%s raised; this is a bug", threading.current_thread().name, exc_info=True)
+        while self._tickets.get():
+            self._do([self._next(), *self._take(self._most - 1)])
+
+    def _do(self, items: list[T]) -> None:
+        try:
+            self._work(items)
+        except BaseException:
+            logger.critical("%s raised; this is a bug", threading.current_thread().name, exc_info=True)

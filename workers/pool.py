@@ -10,6 +10,8 @@ Laws:
 
 * Messages of ``nograd.predict`` are batched across callers; every other task runs through Celery's tracer on a thread.
 * An input that cannot be prepared fails alone; the other items of its message and its batch go on.
+* Interactive messages go before bulk ones wherever something waits. What is not on the device is bounded in items
+  (`intake`): the rest stays in Redis, for any worker.
 * A message is settled exactly once; one that was revoked, or never reached the device before shutdown, is not settled
   at all: Celery has answered it already, or the broker gives it to another worker.
 * Models are loaded and warm before the first message is fetched; a model that cannot be loaded stops the start.
@@ -37,6 +39,7 @@ from . import device
 from .crew import Crew
 from .engine import Engine
 from .handle import Handle
+from .intake import Intake
 from .message import Message
 from .prepare import Preparer
 from .resources import Resources
@@ -56,12 +59,16 @@ STORE_S = 30
 class Task(Handle):
     """A message of any other task: Celery's tracer on a thread."""
 
-    def __init__(self, celery: Callbacks, args: TraceArgs, kwargs: dict[str, Any]) -> None:
+    def __init__(self, celery: Callbacks, args: TraceArgs, kwargs: dict[str, Any], intake: Intake | None) -> None:
         super().__init__(celery, args)
         self._kwargs = kwargs
+        self._intake = intake
 
     def run(self) -> None:
         """Run it, unless it was revoked while it waited for a thread."""
+        transport.started(self.delivery)
+        if self._intake is not None:
+            self._intake.began_task(bulk=self.bulk)
         if self.begin() and self.claim():
             trace(self.celery, self.raw, self._kwargs, self.started)
 
@@ -77,6 +84,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self.engine: Engine | None = None
         self.preparer: Preparer | None = None
         self.settler: Settler | None = None
+        self.intake: Intake | None = None
         self._threads: dict[str, int] = {}
         size = min(TASK_THREADS, max(1, self.limit or 1))
         self._tasks: Crew[Task] = Crew("nograd-task", size, _run_each)
@@ -91,7 +99,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             resources = Resources.from_env()
             device.configure(resources)
             file = _model_file()
-            self.engine = Engine(file, self._names(file), self._withdrawn.submit, _mark_suspects)
+            self.engine = engine = Engine(file, self._names(file), self._withdrawn.submit, _mark_suspects)
             self.engine.start()
         except ConfigError as err:
             # Celery would print a traceback and exit 1; this is the user's to fix, and one line says it all.
@@ -100,12 +108,16 @@ class TaskPool(BasePool):  # type: ignore[misc]
         task = self.app.tasks[PREDICT_TASK]
         _, hostname = self.options.get("initargs") or (None, "")
         self.settler = Settler(ResultStore(self.app, task, hostname), task.resultrepr_maxsize)
+        self.intake = Intake(self.limit, self._largest(), lambda: engine.queue.waiting, transport.resume)
+        engine.queue.on_taken = self.intake.eased
+        transport.throttle(self.intake.room)
         self.preparer = Preparer(
             self.engine.models,
             self.engine.queue,
             self.settler,
             self.app.conf.accept_content,
             self._bury,
+            self.intake,
             resources.threads,
         )
         self._threads = {"prepare": resources.threads, **device.threads()}
@@ -134,6 +146,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
     def on_stop(self) -> None:
         """Finish what is on the device, store and acknowledge it."""
         self.on_close()
+        transport.throttle(None)
         if state.should_terminate not in (None, False):  # a cold shutdown comes here, too, inside a signal handler
             return
         if self.preparer is not None:
@@ -171,8 +184,10 @@ class TaskPool(BasePool):  # type: ignore[misc]
             message = Message(celery, tuple(args))
             self.preparer.submit(message)
             return message
-        task = Task(celery, tuple(args), kwargs or {})
-        self._tasks.submit(task)
+        task = Task(celery, tuple(args), kwargs or {}, self.intake)
+        if self.intake is not None:
+            self.intake.came(bulk=task.bulk)
+        self._tasks.submit(task, bulk=task.bulk)
         return task
 
     def _bury(self, message: Message, error: JobError) -> None:
@@ -196,8 +211,11 @@ class TaskPool(BasePool):  # type: ignore[misc]
             )
         return names
 
+    def _largest(self) -> int:
+        return max(model.spec.batch.max_items for model in self.engine.models.values()) if self.engine else 1
+
     def _warn_of_small_batches(self) -> None:
-        largest = max(model.spec.batch.max_items for model in self.engine.models.values()) if self.engine else 0
+        largest = self._largest()
         if self.limit < largest:
             logger.warning(
                 "--concurrency %d lets this worker hold %d messages: batches of single inputs never get to %d",
@@ -226,7 +244,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
         if self.engine is not None:
             info["device"] = str(self.engine.device)
             info["threads"] = self._threads
-            info["waiting_items"] = len(self.engine.queue)
+            interactive, bulk = self.engine.queue.waiting
+            info["waiting_items"], info["waiting_bulk_items"] = interactive + bulk, bulk
             info["settled"] = dict(self.settler.counts) if self.settler is not None else {}
             info["models"] = {
                 name: {**stats.as_dict(), "version": self.engine.models[name].version}

@@ -3,6 +3,7 @@
 Laws:
 
 * Celery's event loop only puts messages in; decoding and preprocessing happen here.
+* Interactive messages are prepared before bulk ones, and between the inputs of a bulk one.
 * An input that cannot be prepared is resolved with its own error; the others of its message go on.
 * A message that cannot be read at all ends with an error that says what is wrong with it.
 """
@@ -27,6 +28,7 @@ from nograd.tasks.predict import Outcome
 from .batching import BatchQueue, Item
 from .crew import Crew
 from .engine import as_invalid
+from .intake import Intake
 from .message import UNREADABLE, Message
 from .models import HostedModel
 from .settle import Settler
@@ -50,6 +52,7 @@ class Preparer:
         settler: where messages go whose items all have their outcome.
         accept: content types of bodies.
         on_poison: called with a message over which too many workers have died, before it is settled.
+        intake: hears of every message how many items it has.
         threads: how many prepare at a time.
     """
 
@@ -60,6 +63,7 @@ class Preparer:
         settler: Settler,
         accept: list[str] | None,
         on_poison: Callable[[Message, JobError], None],
+        intake: Intake,
         threads: int,
     ) -> None:
         self._models = models
@@ -67,6 +71,7 @@ class Preparer:
         self._settler = settler
         self._accept = prepare_accept_content(accept)
         self._on_poison = on_poison
+        self._intake = intake
         self._crew: Crew[Message] = Crew("nograd-prepare", threads, self._work)
 
     def start(self) -> None:
@@ -75,7 +80,8 @@ class Preparer:
 
     def submit(self, message: Message) -> None:
         """Take a message from Celery's event loop. Never blocks."""
-        self._crew.submit(message)
+        self._intake.came(bulk=message.bulk)
+        self._crew.submit(message, bulk=message.bulk)
 
     def close(self) -> list[Message]:
         """Prepare no more; the messages nobody has begun with, in order."""
@@ -92,6 +98,8 @@ class Preparer:
             except BaseException as err:
                 logger.exception("a message could not be prepared; it fails")
                 self._settler.submit(message, Outcome(error=as_job_error(err)))
+            finally:
+                self._intake.began(bulk=message.bulk)
 
     def _prepare(self, message: Message) -> None:
         if not message.begin():
@@ -107,6 +115,7 @@ class Preparer:
         except NogradError as err:
             self._settler.submit(message, Outcome(error=err))
             return
+        self._intake.read(len(inputs), bulk=message.bulk)
         if not inputs:
             self._settler.submit(message, Outcome(value=[]))
             return
@@ -127,11 +136,18 @@ class Preparer:
 
     def _prepare_items(self, message: Message, model: HostedModel, inputs: list[Any]) -> list[Item]:
         risky = model.spec.kind in RISKY_KINDS
+        stage = threading.current_thread().name
+        items, marked = [], False
+        for index, wire in enumerate(inputs):
+            if message.bulk and self._crew.overtake():
+                marked = False  # those were marked in its place
+            if risky and not marked:
+                transport.suspect([message.delivery], stage)
+                marked = True
+            if item := _prepare_item(message, model, index, wire):
+                items.append(item)
         if risky:
-            transport.suspect([message.delivery], threading.current_thread().name)
-        items = [item for index, wire in enumerate(inputs) if (item := _prepare_item(message, model, index, wire))]
-        if risky:
-            transport.suspect([], threading.current_thread().name)
+            transport.suspect([], stage)
         return items
 
     def _read(self, message: Message) -> list[Any]:

@@ -17,6 +17,7 @@ does nothing for a message of another transport:
 - `lost` before spending device time: somebody else may have the message by now (after a freeze);
 - `bury`: to the dead list, with a reason (`DeadLetters` reads it);
 - `set_budgets`: most unstarted messages of a priority this process holds;
+- `throttle` and `resume`: how many more messages of a priority this process takes just now;
 - `watch`: a watchdog; while it says False this process stops beating and others get its work.
 """
 
@@ -29,7 +30,7 @@ from .channel import Channel, SentinelChannel
 from .connection import AMQP, Connection
 from .dead import DeadLetters
 from .errors import TransportError
-from .keeper import Keeper, keepers
+from .keeper import Keeper, keepers, set_throttle
 from .lease import Lease
 from .message import DELIVERY_COUNT
 from .transport import SentinelTransport, Transport
@@ -50,9 +51,11 @@ __all__ = [
     "give_back",
     "lost",
     "register_aliases",
+    "resume",
     "set_budgets",
     "started",
     "suspect",
+    "throttle",
     "watch",
 ]
 
@@ -134,6 +137,20 @@ def set_budgets(channel: Any, budgets: dict[int, int]) -> None:
     if keeper is not None:
         for priority, most in budgets.items():
             keeper.budgets[channel.priority(priority)] = most
+
+
+def throttle(room: Callable[[int], int] | None) -> None:
+    """Ask ``room`` before each fetch how many more messages of a priority this process takes; None asks nobody.
+
+    It is asked on the event loop, so it must be quick; whoever said 0 calls `resume` when that has changed.
+    """
+    set_throttle(room)
+
+
+def resume() -> None:
+    """The throttle has room again: look for messages now. Any thread may call it."""
+    for keeper in keepers():
+        keeper.nudge_starved()
 
 
 def watch(healthy: Callable[[], bool]) -> None:

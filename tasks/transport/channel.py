@@ -303,6 +303,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         if not self.active_queues:
             return
         fetch = self._fetch or self._pack()
+        self.starved = True  # first, so that room made meanwhile leaves a nudge
         rooms = self._rooms(self._most())
         waits, command = not self._hungry, b""
         if waits:

@@ -154,13 +154,16 @@ class Keeper:
     def room(self, step: int) -> int | None:
         """How many more messages of this priority the process may take; None is no limit."""
         budget = self.budgets.get(step)
-        return None if budget is None else max(0, budget - len(self._unstarted.get(step, ())))
+        room = None if budget is None else max(0, budget - len(self._unstarted.get(step, ())))
+        if _throttle is None:
+            return room
+        return _throttle(step) if room is None else min(room, _throttle(step))
 
     def started(self, lease: Lease) -> None:
         """The message no longer counts against the budget of its priority."""
         lease.started = True
         self._unstarted.get(lease.step, set()).discard(lease.id)
-        self._nudge_starved()
+        self.nudge_starved()
 
     @property
     def held(self) -> int:
@@ -460,7 +463,7 @@ class Keeper:
         self._orphans.discard(lease.id)
         self._unstarted.get(lease.step, set()).discard(lease.id)
         if self.budgets:
-            self._nudge_starved()
+            self.nudge_starved()
         return True
 
     def _settle(self, *, now: bool) -> None:
@@ -469,7 +472,8 @@ class Keeper:
                 self._wake.set()
             self._ensure_thread()
 
-    def _nudge_starved(self) -> None:
+    def nudge_starved(self) -> None:
+        """A priority that had no room may have some now: wake the consumers that do not listen for it."""
         for channel in list(self._channels):
             if channel.starved:
                 channel.starved = False
@@ -534,6 +538,16 @@ def _age(lease_id: str) -> tuple[str, int, int]:
     """Sorts the leases of one holder in the order it took them."""
     holder, fetch, n, _ = lease_id.split(".", 3)
     return holder, int(fetch), int(n)
+
+
+#: how many more messages of a priority step this process takes; None if nobody has a say
+_throttle: Callable[[int], int] | None = None
+
+
+def set_throttle(room: Callable[[int], int] | None) -> None:
+    """Let ``room`` bound every fetch of this process."""
+    global _throttle  # noqa: PLW0603 - of the process, like the keepers, which come later than a pool
+    _throttle = room
 
 
 _keepers: dict[Any, Keeper] = {}

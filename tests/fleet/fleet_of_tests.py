@@ -4,6 +4,7 @@ import ctypes
 import os
 import threading
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -88,6 +89,22 @@ class Killer:
             if value == "segfault":
                 ctypes.string_at(0)  # this very thread, at once; a signal would be taken by any
         return batch
+
+
+class Gated:
+    """Runs nothing until a file is there, then a batch in 20 ms; answers with who ran it, when, and with how many."""
+
+    def __init__(self, gate):
+        self.gate = Path(gate)
+
+    def load(self, device):
+        pass
+
+    def forward(self, batch):
+        while not self.gate.exists():
+            time.sleep(0.01)
+        time.sleep(0.02)
+        return [{"pid": os.getpid(), "at": time.monotonic(), "batch": len(batch)}] * len(batch)
 
 
 class Slow:

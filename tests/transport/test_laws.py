@@ -238,6 +238,24 @@ def test_a_budget_bounds_one_priority_and_frees_up(server, connect):
     assert server.client.llen("q\x06\x169") == 6
 
 
+def test_a_throttle_bounds_each_priority_and_is_lifted_at_once(server, connect):
+    rooms = {0: 2, 9: 0}
+    transport.throttle(lambda step: rooms[0 if step < 5 else 9])
+    try:
+        connection = connect(server)
+        publish(connection, count=3, priority=9)
+        consumer = Consumer(connect(server), prefetch=8)
+        assert not consumer.drain(1, timeout=1.5)
+        publish(connection, count=2)
+        assert len(consumer.drain(2)) == 2  # the others pass
+        rooms[9] = 1
+        transport.resume()
+        assert len(consumer.drain(1)) == 1
+    finally:
+        transport.throttle(None)
+    assert len(consumer.drain(2)) == 2
+
+
 def test_no_ack_consumers_are_not_leased(server, connect):
     publish(connect(server), count=2)
     consumer = Consumer(connect(server), no_ack=True)

@@ -280,7 +280,8 @@ def test_put_stamps_arrival_and_deadline():
 
 def test_a_removed_model_is_refused_by_the_queue_and_others_are_told_of_room():
     told = []
-    queue = BatchQueue({"m": Limits()}, on_taken=lambda: told.append(len(queue)))
+    queue = BatchQueue({"m": Limits()})
+    queue.on_taken = lambda: told.append(len(queue))
     queue.put([item(), item()])
     assert len(queue.take().items) == 2
     queue.put([item()])

@@ -1,0 +1,65 @@
+"""The laws of `nograd.workers.crew`."""
+
+import threading
+
+from nograd.workers.crew import Crew
+
+
+def test_bulk_is_done_last_and_everything_is_done():
+    done = []
+    crew = Crew("test", 1, done.extend)
+    for n in range(4):
+        crew.submit(("bulk", n), bulk=True)
+        crew.submit(("now", n))
+    crew.start()
+    assert crew.finish(10)
+    assert done == [("now", n) for n in range(4)] + [("bulk", n) for n in range(4)]
+
+
+def test_what_nobody_has_begun_with_is_given_back_in_order():
+    crew = Crew("test", 1, lambda _: None)
+    for n in range(3):
+        crew.submit(10 + n, bulk=True)
+        crew.submit(n)
+    assert crew.close() == [0, 1, 2, 10, 11, 12]
+    crew.submit(5)
+    assert crew.close() == []
+
+
+def test_in_the_middle_of_bulk_the_others_may_overtake():
+    done, begun, waits = [], threading.Event(), threading.Event()
+
+    def work(items):
+        if items == ["bulk"]:
+            begun.set()
+            waits.wait(10)
+            assert crew.overtake()
+            assert not crew.overtake()
+        done.extend(items)
+
+    crew = Crew("test", 1, work)
+    crew.start()
+    crew.submit("bulk", bulk=True)
+    begun.wait(10)
+    crew.submit("more bulk", bulk=True)
+    crew.submit("a")
+    crew.submit("b")
+    waits.set()
+    assert crew.finish(10)
+    assert done == ["a", "b", "bulk", "more bulk"]
+
+
+def test_many_threads_do_each_item_once():
+    done = []
+    crew = Crew("test", 4, done.extend, most=3)
+    crew.start()
+    threads = [
+        threading.Thread(target=lambda k=k: [crew.submit((k, n), bulk=n % 3 == 0) for n in range(2000)])
+        for k in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert crew.finish(30)
+    assert sorted(done) == sorted((k, n) for k in range(3) for n in range(2000))

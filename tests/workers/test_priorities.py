@@ -1,0 +1,108 @@
+"""Interactive and bulk jobs in real worker processes: who goes first, and who holds how much."""
+
+import itertools
+import shutil
+import time
+from collections import Counter
+
+import pytest
+
+import fleet_of_tests
+from nograd.producer import Client
+from nograd.producer.broker import PRIORITY_SUFFIXES, Message
+from nograd.tasks.keys import BULK, INTERACTIVE
+
+TIMEOUT = 120
+BATCH = 8
+BULK_LIST = PRIORITY_SUFFIXES[-1]
+
+
+@pytest.fixture
+def fleet(start_worker, redis_url, tmp_path):
+    """Workers of a model of its own, `start()`, which run nothing until `gate` is touched; a client."""
+    shutil.copy(fleet_of_tests.__file__, tmp_path)
+    name, gate = f"gated{next(_numbers)}", tmp_path / "gate"
+    models = tmp_path / "models.toml"
+    models.write_text(f"""
+[{name}]
+loader = "python"
+class = "fleet_of_tests:Gated"
+init = {{ gate = "{gate}" }}
+batch = {{ max_items = {BATCH} }}
+""")
+    with Client(redis_url, models=models) as client:
+        started = []
+
+        def start():
+            started.append(start_worker(models))
+            return started[-1]
+
+        yield Fleet(name, gate, client, start)
+        gate.touch()
+        for worker in started:
+            worker.stop()
+
+
+_numbers = itertools.count()
+
+
+class Fleet:
+    def __init__(self, model, gate, client, start):
+        self.model, self.gate, self.client, self.start = model, gate, client, start
+        self.redis = client.app.backend.client
+
+    def queued(self, suffix=BULK_LIST):
+        return self.redis.llen(f"nograd.{self.model}{suffix}")
+
+    def pools(self):
+        return list(self.client.broker.workers(5).values())
+
+    def settled(self, count):
+        """Wait until this stays so for a while: what a worker fetches, it fetches in milliseconds."""
+        last, since = None, time.monotonic()
+        while time.monotonic() - since < 2.5:
+            now = count()
+            if now != last:
+                last, since = now, time.monotonic()
+            time.sleep(0.05)
+        return last
+
+
+def test_a_worker_that_joins_late_gets_its_part_of_the_bulk_and_an_interactive_job_overtakes(fleet):
+    fleet.start()
+    jobs = fleet.client.submit_many(fleet.model, list(range(1000)), priority="bulk")
+    # One batch is on the device; of what waits a worker takes no more than the next two.
+    left = fleet.settled(fleet.queued)
+    assert 1000 - 5 * BATCH <= left < 1000
+    fleet.start()
+    assert 1000 - 10 * BATCH <= fleet.settled(fleet.queued) < left
+    urgent = fleet.client.submit(fleet.model, "now")
+    assert fleet.settled(lambda: fleet.queued("")) == 0
+    fleet.gate.touch()
+    urgent = urgent.result(TIMEOUT)
+    done = [job.result(TIMEOUT) for job in jobs]
+    parts = Counter(one["pid"] for one in done)
+    assert len(parts) == 2
+    assert min(parts.values()) > 200
+    # The batches that were on the two devices, and what the other worker does meanwhile.
+    assert sum(one["at"] < urgent["at"] for one in done) <= 4 * BATCH
+    # The free places of its batch were filled.
+    assert urgent["batch"] == BATCH
+
+
+@pytest.mark.parametrize("priority", [INTERACTIVE, BULK])
+def test_messages_of_many_items_stay_in_redis_until_the_device_needs_them(fleet, priority):
+    fleet.start()
+    rows, packs = 64, 20
+    messages = [Message(fleet.model, list(range(rows)), "rows", many=True, priority=priority) for _ in range(packs)]
+    fleet.client.broker.publish_many(messages)
+    suffix = BULK_LIST if priority == BULK else ""
+    assert fleet.settled(lambda: fleet.queued(suffix)) >= packs - 3
+    (pool,) = fleet.pools()
+    assert rows - BATCH <= pool["waiting_items"] <= 3 * rows
+    assert pool["waiting_bulk_items"] == (pool["waiting_items"] if priority == BULK else 0)
+    fleet.gate.touch()
+    answers = [one for message in messages for one in fleet.client.result(message.id, TIMEOUT)]
+    assert len(answers) == rows * packs
+    # It never ran dry: hardly a batch was not full.
+    assert sum(one["prediction"]["batch"] == BATCH for one in answers) > 0.95 * len(answers)
