@@ -23,9 +23,11 @@ RESULT_TTL_S: Final = 24 * 3600
 #: seconds a worker may be silent before its jobs are given to others (``NOGRAD_LEASE_S``)
 LEASE_S: Final = 30
 
-#: Celery's priorities on Redis go from 0, the highest, to 9: interactive jobs (also those without one), and bulk
+#: Celery's priorities on Redis go from 0, the highest, to 9, in steps of 3: interactive jobs (also those without one),
+#: bulk, and below them the chunks of backfills, of which a worker takes one at a time
 INTERACTIVE: Final = 0
-BULK: Final = 9
+BULK: Final = 6
+CHUNKS: Final = 9
 #: from this priority on a job is bulk: it never keeps an interactive one waiting longer than one batch
 BULK_FROM: Final = 5
 

@@ -44,17 +44,23 @@ _SCRIPT = files(__package__).joinpath("window.lua").read_text(encoding="utf-8")
 
 
 class Cursor(msgspec.Struct, frozen=True):
-    """The rows a chunk's attempt is about to run, by their place in the chunk.
+    """What an attempt at a chunk was about to do, for the next one if it does not come back.
+
+    Rows are counted by their place in the chunk.
 
     Attributes:
-        first: the first row.
-        count: how many.
-        deaths: attempts that have ended, unannounced, over exactly these rows.
+        first: the first row that was being prepared or run.
+        count: how many rows from there on.
+        deaths: attempts before this one that did not come back over (some of) these rows.
+        probe: the row that was run alone, its prediction thrown away, to find out whether it kills; None if none was.
+        killers: rows that have killed a worker alone.
     """
 
-    first: int
-    count: int
+    first: int = 0
+    count: int = 0
     deaths: int = 0
+    probe: int | None = None
+    killers: list[int] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +142,28 @@ class Window:
         except msgspec.MsgspecError:
             return None  # a hint of another version
 
+    def stop(self, why: str) -> None:
+        """Pause, because of something that somebody has to look at."""
+        pipe = self._client.pipeline(transaction=True)
+        pipe.set(self._prefix + "wish", "pause", ex=KEPT_S)
+        pipe.set(self._prefix + "why", why, ex=KEPT_S)
+        pipe.execute()
+
+    @property
+    def why(self) -> str | None:
+        """What `stop` was told; None after the next wish."""
+        stored = self._client.get(self._prefix + "why")
+        return None if stored is None else _text(stored)
+
+    def count_failures(self, chunk_failures: int, rows: int) -> tuple[int, int]:
+        """Add a committed chunk's failed rows and rows to a running count; the sums, which a FLUSHALL starts anew."""
+        pipe = self._client.pipeline(transaction=True)
+        pipe.hincrby(self._prefix + "sums", "failed", chunk_failures)
+        pipe.hincrby(self._prefix + "sums", "rows", rows)
+        pipe.expire(self._prefix + "sums", KEPT_S)
+        failed, total, _ = pipe.execute()
+        return int(failed), int(total)
+
     @property
     def wish(self) -> Wish | None:
         """What the operator wants, if Redis remembers."""
@@ -146,10 +174,11 @@ class Window:
     @wish.setter
     def wish(self, wish: Wish) -> None:
         self._client.set(self._prefix + "wish", wish, ex=KEPT_S)
+        self._client.delete(self._prefix + "why")
 
     def clear(self) -> None:
         """Remove all hints."""
-        self._client.delete(*self._keys, self._prefix + "wish")
+        self._client.delete(*self._keys, *(self._prefix + name for name in ("wish", "why", "sums")))
 
     def _call(self, what: str, *args: str | int) -> Any:
         return self._script(keys=self._keys, args=[what, KEPT_S, *args])

@@ -107,7 +107,7 @@ def test_a_cursor_survives_the_death_of_its_owner_and_ends_with_the_chunk(window
     window.note(3, Cursor(first=64, count=32))
     time.sleep(0.1)
     assert window.claim(3, "b")
-    assert window.cursor(3) == Cursor(64, 32)
+    assert window.cursor(3) == Cursor(first=64, count=32)
     window.release(3, "b")
     assert window.cursor(3) is None
     client.hset("nograd:backfill:job:cursors", "4", b"\xff")
@@ -124,16 +124,26 @@ def test_wishes(window):
     assert window.wish is None
     window.wish = "pause"
     assert window.wish == "pause"
+    window.stop("no room")
+    assert (window.wish, window.why) == ("pause", "no room")
+    window.wish = "run"
+    assert (window.wish, window.why) == ("run", None)
+
+
+def test_counts_what_failed(window):
+    assert window.count_failures(1, 10) == (1, 10)
+    assert window.count_failures(2, 10) == (3, 20)
 
 
 def test_every_key_ends(window, client):
     window.top_up(range(10), most=5)
     window.claim(0, "a")
-    window.note(0, Cursor(0, 1))
-    window.wish = "run"
+    window.note(0, Cursor(first=0, count=1))
+    window.stop("no room")
+    window.count_failures(1, 10)
     window.traffic()
     keys = client.keys("nograd:backfill:*")
-    assert len(keys) == 5
+    assert len(keys) == 7
     assert all(client.ttl(key) > 0 for key in keys)
     window.clear()
     assert client.keys("nograd:backfill:*") == []
