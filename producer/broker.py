@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
+import msgspec
 import redis
 from celery import states
 from kombu.exceptions import BatchPublishError, OperationalError
 
 from nograd.tasks import registry
-from nograd.tasks.errors import BrokerUnavailable, JobError
+from nograd.tasks.errors import BrokerUnavailable, InvalidInput, JobError
 from nograd.tasks.keys import INTERACTIVE, PREDICT_TASK, queue_name
 from nograd.tasks.payloads import describe
+from nograd.tasks.predict import TimeoutS
 
 from .outcomes import PENDING, Outcome, read_outcome
 
@@ -42,9 +44,13 @@ class Message:
         described: one line about it for logs and Flower.
         params: as in `nograd.tasks.predict`.
         many: as there.
+        timeout_s: as there.
         expires_s: seconds after which no worker starts it.
         task_id: the id of the job; a new one if None.
         priority: Celery's, 0 is the highest.
+
+    Raises:
+        InvalidInput: if ``timeout_s`` is no time.
     """
 
     __slots__ = ("described", "expires_s", "id", "kwargs", "model", "priority", "size", "wire")
@@ -57,6 +63,7 @@ class Message:
         *,
         params: dict[str, Any] | None = None,
         many: bool = False,
+        timeout_s: float | None = None,
         expires_s: float | None = None,
         task_id: str | None = None,
         priority: int = INTERACTIVE,
@@ -67,6 +74,8 @@ class Message:
         self.kwargs: dict[str, Any] = {"params": params} if params else {}
         if many:
             self.kwargs["many"] = True
+        if timeout_s is not None:
+            self.kwargs["timeout_s"] = _check_timeout(timeout_s)
         self.expires_s = expires_s
         self.priority = priority
         self.id = task_id or str(uuid4())
@@ -76,6 +85,14 @@ class Message:
     def of(cls, model: str, value: Any, wire: Any, **options: Any) -> Message:
         """The message of one input."""
         return cls(model, wire, describe(model, value), **options)
+
+
+def _check_timeout(timeout_s: float) -> float:
+    try:
+        checked: float = msgspec.convert(timeout_s, TimeoutS)
+    except msgspec.ValidationError:
+        raise InvalidInput(f"timeout_s = {timeout_s!r}: expected a number of seconds above 0") from None
+    return checked
 
 
 def wire_size(wire: Any) -> int:

@@ -77,6 +77,7 @@ class Client:
         input: Any,  # noqa: A002 - the word of the contract
         *,
         params: dict[str, Any] | None = None,
+        timeout_s: float | None = None,
         expires_s: float | None = None,
         task_id: str | None = None,
         priority: Priority = "interactive",
@@ -87,6 +88,8 @@ class Client:
             model: a known model.
             input: image: path, bytes or Pillow image; text: str; rows, tensor: lists, NumPy arrays or tensors.
             params: override the model's default parameters for this job.
+            timeout_s: seconds from its arrival at a worker until it fails with `DeadlinePassed` if it has no
+                prediction; the model's own ``timeout_s`` holds as well. Waiting in the queue does not count.
             expires_s: seconds after which no worker starts it any more.
             task_id: an id of the caller's; submitting again under one id gives a second job with that id.
             priority: ``"bulk"`` lets every interactive job go before it, also those that are sent later.
@@ -99,7 +102,7 @@ class Client:
         """
         wire = encode_input(input, self.card(model).input)
         params = _encode_params(params)
-        options: dict[str, Any] = {"params": params, "expires_s": expires_s, "task_id": task_id}
+        options: dict[str, Any] = {"params": params, "expires_s": expires_s, "timeout_s": timeout_s, "task_id": task_id}
         message = Message.of(model, input, wire, priority=_priority(priority), **options)
         self.broker.publish(message)
         return self.job(message.id, model)
@@ -110,6 +113,7 @@ class Client:
         inputs: Iterable[Any],
         *,
         params: dict[str, Any] | None = None,
+        timeout_s: float | None = None,
         expires_s: float | None = None,
         priority: Priority = "interactive",
     ) -> list[Job]:
@@ -128,7 +132,7 @@ class Client:
         """
         _check_many(inputs)
         kind = self.card(model).input
-        options: dict[str, Any] = {"params": _encode_params(params), "expires_s": expires_s}
+        options: dict[str, Any] = {"params": _encode_params(params), "timeout_s": timeout_s, "expires_s": expires_s}
         options["priority"] = _priority(priority)
         sized = hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__")
         numbered = enumerate(inputs)
@@ -158,6 +162,7 @@ class Client:
         max_in_flight: int | None = None,
         return_exceptions: bool = False,
         timeout: float | None = None,
+        timeout_s: float | None = None,
         priority: Priority = "interactive",
     ) -> Iterator[Any]:
         """Predict any number of inputs; predictions come in the order of the inputs, as they are ready.
@@ -173,6 +178,7 @@ class Client:
             max_in_flight: inputs sent and not answered yet, at most; by default 16 messages full.
             return_exceptions: give the error of a failed input in its place instead of raising it.
             timeout: seconds to wait for one message's answer; None for ever.
+            timeout_s: of each message, as in `submit`.
             priority: as in `submit`.
 
         Raises:
@@ -188,7 +194,8 @@ class Client:
         limit = max_in_flight or PACKS_IN_FLIGHT * items
         params, rank = _encode_params(params), _priority(priority)
         packs = pack(inputs, card.input, min(items, limit))
-        window = Window(packs, lambda full: self._send(full.message(model, params, rank)), limit)
+        options: dict[str, Any] = {"timeout_s": timeout_s, "priority": rank}
+        window = Window(packs, lambda full: self._send(full.message(model, params, **options)), limit)
         return self._map(window, timeout, return_exceptions=return_exceptions)
 
     def result(self, job_id: str, timeout: float | None = None) -> Any:

@@ -52,10 +52,9 @@ class Pack:
         self.places.append(None)
         self.size += wire_size(wire)
 
-    def message(self, model: str, params: dict[str, Any] | None, priority: int) -> Message:
-        """The message that carries it."""
-        described = f"{model} {len(self.wires)} inputs"
-        return Message(model, self.wires, described, params=params, many=True, priority=priority)
+    def message(self, model: str, params: dict[str, Any] | None, **options: Any) -> Message:
+        """The message that carries it; ``options`` are those of `Message`."""
+        return Message(model, self.wires, f"{model} {len(self.wires)} inputs", params=params, many=True, **options)
 
     def outcomes(self, outcome: Outcome | None) -> Iterator[Any]:
         """Each input's prediction, or the error in its place.

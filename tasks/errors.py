@@ -20,6 +20,7 @@
         ├── InvalidInput       this input will never work: fix it, do not retry
         ├── ModelFailed        the model raised on this input
         ├── OutputMismatch     the model broke its contract (one output for each input)
+        ├── NonFiniteOutput    the prediction holds NaN or infinity
         ├── DeadlinePassed     the job waited longer than it was allowed to
         ├── JobCancelled       somebody revoked it
         ├── WorkerDied         each worker that ran the job died over it; it is in the dead letters
@@ -155,6 +156,12 @@ class OutputMismatch(JobError):  # noqa: N818 - a state, as the caller sees it
     """The model did not return one output for each input; its whole batch fails, since nobody knows whose is whose."""
 
     code = "output_mismatch"
+
+
+class NonFiniteOutput(JobError):  # noqa: N818 - a state, as the caller sees it
+    """The prediction holds NaN or infinity, and the model file does not let such out (``nonfinite_output``)."""
+
+    code = "nonfinite_output"
 
 
 class DeadlinePassed(JobError):  # noqa: N818 - a state, as the caller sees it

@@ -17,6 +17,11 @@ MODELS_TTL_S: Final = 7 * 24 * 3600
 #: seconds between two renewals by a worker: after a FLUSHALL its models are unknown for so long
 MODELS_RENEW_S: Final = 30
 
+#: string, behind this a task id → why the last worker that ran the job ended
+LAST_WORDS: Final = "nograd:last-words:"
+#: seconds it is kept; the job is given up within minutes, or runs
+LAST_WORDS_TTL_S: Final = 24 * 3600
+
 #: seconds a result is kept if nobody says otherwise (``NOGRAD_RESULT_TTL_S``)
 RESULT_TTL_S: Final = 24 * 3600
 

@@ -85,13 +85,20 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         shape: shape of one input tensor, -1 for a free dimension. Inputs of another shape are refused.
         example: one input, as a producer would send it; run at warm-up.
         allow_nonfinite: accept NaN and infinity in rows and tensors.
+        nonfinite_output: what becomes of a prediction with NaN or infinity in it, which JSON cannot hold: its input
+            fails with `NonFiniteOutput` (``fail``), it gets null in their place (``null``), or it goes out as it is
+            (``allow``: Python reads it, most others do not).
         dtype: the model's floating type; inputs are cast to it.
         input_dtype: ``int64`` for a model that takes indices (its first layer is an embedding).
         compile: run through ``torch.compile``: inputs of one known shape in batches padded to 1, 2, 4, … ``max_items``,
             each compiled before the first job; free dimensions once for all sizes.
         channels_last: memory format of images.
         batch: limits of a batch.
-        timeout_s: seconds a job may wait in the worker before its forward starts.
+        timeout_s: seconds from a job's arrival at a worker until it fails with `DeadlinePassed` if it has no
+            prediction, whether it waits or is on the device. A job may bring a shorter one. Waiting in the queue
+            does not count.
+        hard_timeout_s: seconds one forward may take, or one preparation or ``finish``. A worker in which a model takes
+            longer ends and is started again; the jobs of that forward run alone from then on. ``inf`` for no limit.
         params: default parameters of a prediction (generation settings and the like); a job may override them.
     """
 
@@ -102,12 +109,14 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     shape: list[Annotated[int, Meta(ge=-1)]] | None = None
     example: Any = None
     allow_nonfinite: bool = False
+    nonfinite_output: Literal["fail", "null", "allow"] = "fail"
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     input_dtype: Literal["float", "int64"] = "float"
     compile: bool = False
     channels_last: bool = False
     batch: BatchLimits = BatchLimits()
     timeout_s: Annotated[float, Meta(gt=0)] | None = None
+    hard_timeout_s: Annotated[float, Meta(gt=0)] = 600
     params: dict[str, Any] = {}
 
     @property

@@ -5,7 +5,11 @@ args       ``[model, input]``; or ``[input]`` with ``model`` by name, which is w
            needs: Celery puts the result before it in front, as in
            ``chain(predict.s("resnet18", photo), predict.s(model="captions"))``
 kwargs     ``params``: overrides the model's default parameters for this job;
-           ``many``: true if ``input`` is a list of inputs, each its own item of the batch
+           ``many``: true if ``input`` is a list of inputs, each its own item of the batch;
+           ``timeout_s``: seconds from the job's arrival at a worker until it fails with
+           `DeadlinePassed` if it has no prediction, waiting or on the device; the model's
+           own ``timeout_s`` holds as well. Waiting in the queue does not count (that is what
+           Celery's ``expires`` is for), and a retry counts anew
 result     the prediction; with ``many`` a list, in order, of ``{"prediction": …}`` or
            ``{"error": {"type", "code", "message"}}`` (no item is retried by itself)
 ========== ====================================================================================
@@ -19,8 +23,9 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
+import msgspec
 from celery import shared_task
 
 from .errors import ConfigError
@@ -31,6 +36,10 @@ RETRY_BACKOFF_S: Final = 1
 #: seconds between retries, at most
 RETRY_BACKOFF_MAX_S: Final = 60
 MAX_RETRIES: Final = 5
+
+
+#: what ``timeout_s`` may be: also no infinity, which JSON does not know
+TimeoutS = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +63,14 @@ traced_outcome: ContextVar[Outcome | None] = ContextVar("traced_outcome", defaul
     typing=False,
     Request="nograd.tasks.request:Request",
 )
-def predict(self: Any, model: str, input: Any, params: dict[str, Any] | None = None, many: bool = False) -> Any:  # noqa: A002, ARG001
+def predict(  # noqa: PLR0917 - the first four may come by their place
+    self: Any,
+    model: str,  # noqa: ARG001
+    input: Any,  # noqa: A002, ARG001
+    params: dict[str, Any] | None = None,  # noqa: ARG001
+    many: bool = False,  # noqa: ARG001
+    timeout_s: float | None = None,  # noqa: ARG001
+) -> Any:
     """Predict ``input`` with ``model``.
 
     Raises:

@@ -20,8 +20,8 @@ Laws of the order between batches:
   its batch complete.
 * Bulk is not starved: where ``BULK_PATIENCE_S`` have gone by without the most urgent bulk item that is ready having got
   its turn, the next batch is led by it.
-* An item whose deadline has passed never reaches the device; it is handed out once, as expired.
-* Every item put in comes out exactly once: in a batch, as expired, from `remove_model` or from `drain`.
+* An item whose deadline has passed never reaches the device; it is handed out once, as expired, or by `expire`.
+* Every item put in comes out exactly once: in a batch, as expired, from `expire`, `remove_model` or `drain`.
 
 Putting an item in and taking it out costs the logarithm of what waits in its group; a batch costs nothing for groups it
 does not take from, however many there are.
@@ -235,6 +235,8 @@ class Backlog:
         self._numbers = itertools.count()
         #: when bulk has had its turn, or has begun to wait for it
         self._bulk_turn = -math.inf
+        #: no deadline of an item that waits is before this
+        self._soonest = math.inf
 
     def __len__(self) -> int:
         return sum(self._counts)
@@ -259,6 +261,8 @@ class Backlog:
         side = _BULK if item.priority >= BULK_FROM else _INTERACTIVE
         if side == _BULK and not self._counts[_BULK]:
             self._bulk_turn = item.arrived
+        if item.deadline is not None:
+            self._soonest = min(self._soonest, item.deadline)
         lane = group.lanes[side]
         heapq.heappush(lane.heap, (item.urgency, next(self._numbers), item))
         lane.note(item, group.limits.max_wait_s)
@@ -277,6 +281,24 @@ class Backlog:
         if group is bulk and self._counts[_BULK] < before:
             self._bulk_turn = now
         return batch
+
+    def expire(self, now: float) -> list[Item]:
+        """Take out what has come too late by now. Looks at every item then; costs nothing while there can be none."""
+        if now < self._soonest:
+            return []
+        expired: list[Item] = []
+        for group in list(self._groups.values()):
+            for side, lane in enumerate(group.lanes):
+                late = [item for _, _, item in lane.heap if _is_late(item, now)]
+                if late:
+                    lane.heap = [entry for entry in lane.heap if not _is_late(entry[2], now)]
+                    heapq.heapify(lane.heap)
+                    self._counts[side] -= len(late)
+                    expired += late
+            self._refresh(group)
+        left = (item for group in self._groups.values() for lane in group.lanes for _, _, item in lane.heap)
+        self._soonest = min((item.deadline for item in left if item.deadline is not None), default=math.inf)
+        return expired
 
     def wake_at(self) -> float | None:
         """When the next group is ready (minus infinity: one is), or None if nothing waits."""
@@ -336,7 +358,7 @@ class Backlog:
             heap = group.lanes[side].heap
             while heap:
                 item = heap[0][2]
-                if item.deadline is not None and item.deadline <= now:
+                if _is_late(item, now):
                     batch.expired.append(item)
                 else:
                     dearest = max(dearest, item.cost)
@@ -347,11 +369,15 @@ class Backlog:
                 self._counts[side] -= 1
             if heap:
                 break  # closed: nothing is passed over
+        self._refresh(group)
+        return batch
+
+    def _refresh(self, group: _Group) -> None:
+        """After items have left."""
         group.recount()
         self._update(group)
         if not len(group):
             del self._groups[group.key]  # groups are made of shapes callers choose: an empty one must not stay for ever
-        return batch
 
     def _remove(self, groups: list[_Group]) -> list[Item]:
         found: list[tuple[float, int, Item]] = []
@@ -363,6 +389,10 @@ class Backlog:
             self._update(group)
             del self._groups[group.key]
         return [item for _, _, item in sorted(found)]
+
+
+def _is_late(item: Item, now: float) -> bool:
+    return item.deadline is not None and item.deadline <= now
 
 
 class BatchQueue:
@@ -426,6 +456,14 @@ class BatchQueue:
             wake_at = self._backlog.wake_at()
             self._changed.wait(None if wake_at is None else max(0.0, wake_at - now))
         return None
+
+    def expire(self) -> list[Item]:
+        """Take out what has come too late by now."""
+        with self._changed:
+            expired = self._backlog.expire(self._clock())
+        if expired:
+            self.on_taken()
+        return expired
 
     def cap(self, model: str, group: Hashable, max_items: int | None) -> None:
         """See `Backlog.cap`."""

@@ -4,9 +4,10 @@ Laws:
 
 * Model load, warm-up and every forward happen on one thread, inside ``torch.no_grad()``: grad mode and CUDA graphs
   belong to a thread, and a model that was loaded is warm before a job can reach it.
-* A model returns exactly one output for each input, or its whole batch fails loudly.
-* A forward that raises is split and run again until the culprit stands alone: one bad item never costs its neighbours.
-* Whatever is raised, also what is no `Exception`, becomes the outcome of an item. The thread lives on.
+* How a batch is run, and what its failures cost, is `forward`'s business. Whatever is raised, also what is no
+  `Exception`, becomes the outcome of an item and the thread lives on; except when the device is lost.
+* An item whose deadline passes, waiting or on the device, is resolved by `expire` at that moment; what the forward says
+  of it later is dropped.
 """
 
 from __future__ import annotations
@@ -16,30 +17,24 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from traceback import clear_frames
 from typing import Any, Protocol
 
 import torch
 from celery.worker.state import maybe_shutdown
 
-from nograd.tasks.errors import (
-    DeadlinePassed,
-    InvalidInput,
-    JobError,
-    ModelFailed,
-    NogradError,
-    OutputMismatch,
-    Overloaded,
-)
+from nograd.tasks.errors import DeadlinePassed, InvalidInput, JobError, NogradError
 from nograd.tasks.modelfile import ModelFile
 from nograd.tasks.predict import Outcome
 
 from .batching import Batch, BatchQueue, Item, Limits
 from .device import default_device
+from .faults import DeviceLost
+from .forward import run_isolated
 from .models import HostedModel, open_model
 from .models.version import fingerprint
 from .models.warmup import warm_up
 from .stopwatch import Forward
+from .watchdog import Activities
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +74,27 @@ class ModelStats:
         }
 
 
+def _nothing(*_: Any) -> None:
+    """The hook of whoever does not care."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What the device thread tells; each is called on it and must be quick.
+
+    Attributes:
+        on_abandoned: a job nobody wants any more was left out of its batch.
+        on_forward: before a forward: its jobs; after a batch: none.
+        on_fits: a model, the group of a batch, and how many items of it fit, since more ran out of memory.
+        on_lost: the device answers no more; why, and the jobs it happened over. Expected to end the process.
+    """
+
+    on_abandoned: Callable[[Any], None] = _nothing
+    on_forward: Callable[[Sequence[Any]], None] = _nothing
+    on_fits: Callable[[str, Any, int], None] = _nothing
+    on_lost: Callable[[str, Sequence[Any]], None] = _nothing
+
+
 @dataclass(slots=True)
 class _Start:
     """How loading ended; handed from the device thread to whoever started it."""
@@ -94,23 +110,26 @@ class Engine:
         models: the hosted models, by name; loaded once `start` has returned.
         queue: prepared items for the device thread.
         stats: counters per model.
+        activities: what runs a model's code just now, on this thread and others.
     """
 
     def __init__(
-        self,
-        file: ModelFile,
-        names: Sequence[str],
-        on_abandoned: Callable[[Any], None] = lambda _: None,
-        on_forward: Callable[[Sequence[Any]], None] = lambda _: None,
-        device: torch.device | None = None,
+        self, file: ModelFile, names: Sequence[str], hooks: Hooks | None = None, device: torch.device | None = None
     ) -> None:
         self.models: dict[str, HostedModel] = {name: open_model(file, name) for name in names}
         self.queue = BatchQueue({name: _limits(model) for name, model in self.models.items()})
         self.stats = {name: ModelStats() for name in self.models}
         self.device = device or default_device()
-        self._on_abandoned = on_abandoned
-        self._on_forward = on_forward
+        self.activities = Activities()
+        self._hooks = hooks or Hooks()
+        self._on_device: Sequence[Item] = ()
+        self._last_forward: Sequence[Item] = ()
         self._thread: threading.Thread | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the device thread runs."""
+        return self._thread is not None and self._thread.is_alive()
 
     def start(self) -> None:
         """Load and warm up every model on the device thread, and wait for it.
@@ -132,6 +151,13 @@ class Engine:
         if self._thread is not None:
             self._thread.join()
 
+    def expire(self) -> None:
+        """Resolve every item whose deadline has passed, also those on the device. For the watchdog's thread."""
+        now = time.monotonic()
+        for item in (*self.queue.expire(), *self._on_device):
+            if item.deadline is not None and item.deadline <= now:
+                _pass_deadline(item)
+
     def _main(self, start: _Start) -> None:
         with torch.no_grad():
             try:
@@ -145,6 +171,9 @@ class Engine:
             while (batch := self.queue.take()) is not None:
                 try:
                     self.step(batch)
+                except DeviceLost as err:
+                    self._hooks.on_lost(str(err), _jobs(self._last_forward))
+                    return
                 except BaseException as err:
                     # Not a model's error (those are outcomes) but one of ours. A thread that ended here would leave a
                     # worker that takes jobs and answers none.
@@ -159,87 +188,92 @@ class Engine:
         logger.info("model %s is loaded on %s and warm after %.1f s", model.name, self.device, time.monotonic() - began)
 
     def step(self, batch: Batch) -> None:
-        """Run one batch and resolve each of its items."""
-        for item in batch.expired:
-            item.job.resolve(item.index, Outcome(error=DeadlinePassed("the job waited longer than its timeout_s")))
-        items = []
-        for item in batch.items:
-            if item.job.abandoned():
-                self._on_abandoned(item.job)
-            elif self._prepared(item):
-                items.append(item)
-        if not items:
-            return
-        stats = self.stats[batch.model]
-        began = time.monotonic()
-        outcomes = run_isolated(self.models[batch.model], items, self._on_forward)
-        self._on_forward([])
-        ended = time.monotonic()
-        forward = Forward(ended, ended - began, len(items))
-        stats.device_s += forward.device_s
-        stats.batches += 1
-        stats.items += len(items)
-        stats.largest = max(stats.largest, len(items))
-        stats.failed += sum(outcome.error is not None for outcome in outcomes)
-        for item, outcome in zip(items, outcomes, strict=True):
-            item.job.resolve(item.index, outcome, forward)
+        """Run one batch and resolve each of its items.
 
-    def _prepared(self, item: Item) -> bool:
+        Raises:
+            DeviceLost: what was on the device has no outcome then.
+        """
+        for item in batch.expired:
+            _pass_deadline(item)
+        model = self.models[batch.model]
+        self._on_device = batch.items
+        try:
+            items = [item for item in batch.items if self._wanted(item) and self._prepared(item, model)]
+            if items:
+                self._run(model, items)
+        finally:
+            self._on_device = ()
+            self.activities.end()
+
+    def _run(self, model: HostedModel, items: list[Item]) -> None:
+        stats = self.stats[model.name]
+        began = time.monotonic()
+        outcomes: list[tuple[Item, Outcome]] = []
+        try:
+            fits = run_isolated(
+                model,
+                items,
+                self.device,
+                lambda piece: self._begin("the forward", model, piece),
+                lambda item, outcome: outcomes.append((item, outcome)),
+            )
+            self._end()
+        finally:  # what was done before the device was lost counts as well
+            ended = time.monotonic()
+            forward = Forward(ended, ended - began, len(items))
+            stats.device_s += forward.device_s
+            stats.batches += 1
+            stats.items += len(items)
+            stats.largest = max(stats.largest, len(items))
+            stats.failed += sum(outcome.error is not None for _, outcome in outcomes)
+            for item, outcome in outcomes:
+                item.job.resolve(item.index, outcome, forward)
+        if fits is not None:
+            self._hooks.on_fits(model.name, items[0].group, fits)
+
+    def _begin(self, what: str, model: HostedModel, items: Sequence[Item]) -> None:
+        """From here on the process may die, or hang, over these."""
+        self._last_forward = items
+        jobs = _jobs(items)
+        self._hooks.on_forward(jobs)
+        self.activities.begin(what, model.name, jobs, model.spec.hard_timeout_s)
+
+    def _end(self) -> None:
+        self.activities.end()
+        self._hooks.on_forward([])
+
+    def _wanted(self, item: Item) -> bool:
+        if not item.job.abandoned():
+            return True
+        self._hooks.on_abandoned(item.job)
+        return False
+
+    def _prepared(self, item: Item, model: HostedModel) -> bool:
         """Prepare what was left for here, where nothing else runs that could be blamed for a crash."""
         if item.late is None:
             return True
-        self._on_forward([item.job])
+        self._begin("the preparation", model, [item])
         try:
             item.prepared = item.late()
         except BaseException as err:  # noqa: BLE001 - a model's own code; its item fails
             item.job.resolve(item.index, Outcome(error=as_invalid(err)))
-            self._on_forward([])
+            self._end()
             return False
         return True
+
+
+def _jobs(items: Sequence[Item]) -> list[Any]:
+    """The jobs of items, each once."""
+    return list(dict.fromkeys(item.job for item in items))
+
+
+def _pass_deadline(item: Item) -> None:
+    item.job.resolve(item.index, Outcome(error=DeadlinePassed("no prediction within the job's timeout_s")))
 
 
 def as_invalid(err: BaseException) -> NogradError:
     """What a failed preparation tells the caller."""
     return err if isinstance(err, NogradError) else InvalidInput(f"prepare raised {type(err).__name__}: {err}")
-
-
-def run_isolated(
-    model: HostedModel, items: Sequence[Item], on_forward: Callable[[Sequence[Any]], None] = lambda _: None
-) -> list[Outcome]:
-    """One outcome for each item; a forward that raises is halved until the culprit stands alone.
-
-    Args:
-        model: whose items these are.
-        items: of one group.
-        on_forward: called with the jobs of each forward before it runs.
-    """
-    on_forward([item.job for item in items])
-    try:
-        outputs = model.forward([item.prepared for item in items], items[0].job.params)
-        if len(outputs) != len(items):
-            raise OutputMismatch(f"model {model.name!r} returned {len(outputs)} outputs for {len(items)} inputs")
-    except OutputMismatch as err:
-        # Nobody knows whose output is whose, also not in a smaller batch. An error of its own for each: whoever raises
-        # one adds to its traceback.
-        return [Outcome(error=OutputMismatch(err.message)) for _ in items]
-    except JobError as err:
-        error: JobError = err
-    except torch.OutOfMemoryError as err:
-        error = Overloaded(f"out of memory on one input: {err}")
-        clear_frames(err.__traceback__)
-    except BaseException as err:  # noqa: BLE001 - a model may raise SystemExit; its job must end all the same
-        error = ModelFailed(f"{type(err).__name__}: {err}")
-        error.__cause__ = err.with_traceback(None)  # frames hold tensors, and the retry below needs their memory
-    else:
-        return [Outcome(value=output) for output in outputs]
-    # Outside the except blocks, so that the failed forward's tensors are freed before the halves run.
-    if isinstance(error, Overloaded) and torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if len(items) == 1:
-        logger.warning("model %s failed on one input: %s", model.name, error.message)
-        return [Outcome(error=error)]
-    middle = len(items) // 2
-    return run_isolated(model, items[:middle], on_forward) + run_isolated(model, items[middle:], on_forward)
 
 
 def _fail(batch: Batch, err: BaseException) -> None:

@@ -32,12 +32,11 @@ from nograd.tasks.keys import queue_name
 from nograd.tasks.lifeline import end_with_parent
 from nograd.tasks.modelfile import load_model_file
 
+from .exits import EXIT_CONFIG, explain
 from .resources import MEMORY_BUDGET, read_size, share_of_cores
 
 logger = logging.getLogger(__name__)
 
-#: exit code of a worker that refuses its configuration
-EXIT_CONFIG = 2
 #: seconds before a dead worker is started again; doubles up to the second while it lives shorter than the third
 RESTART_S, RESTART_MAX_S, STEADY_S = 1.0, 30.0, 60.0
 #: seconds nvidia-smi may take; it hangs when the driver does
@@ -180,8 +179,9 @@ def _supervise(workers: list[_Worker], stopping: threading.Event) -> int:
                     return 0
                 continue
             logger.warning(
-                "worker on %s ended with %s; starting again in %.0f s", _name(worker.gpu), code, worker.died(now)
-            )
+                "worker on %s ended with %s; starting again in %.0f s",
+                _name(worker.gpu), explain(code), worker.died(now),
+            )  # fmt: skip
     return 0
 
 

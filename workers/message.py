@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nograd.tasks.errors import JobError, ModelFailed, NogradError
+from nograd.tasks.errors import JobError
 from nograd.tasks.predict import Outcome
 
 from .handle import Handle
 from .models import HostedModel
+from .outputs import finish
 from .stopwatch import Forward, Stopwatch
 from .trace import Callbacks, TraceArgs
 
@@ -27,6 +28,7 @@ class Message(Handle):
         model: whose prediction it is; None while that is not known.
         params: the job's parameters over the model's defaults.
         many: whether its input is a list of inputs.
+        timeout_s: seconds it may take from its arrival here; None for ever.
         body: ``(args, kwargs, embed)`` for Celery's tracer: decoded once, and in one form whatever the sender wrote.
         deaths: workers that died while it was on their device.
         watch: how long its stages take.
@@ -38,6 +40,7 @@ class Message(Handle):
         self.model: HostedModel | None = None
         self.params: Mapping[str, Any] = {}
         self.many = False
+        self.timeout_s: float | None = None
         self.deaths = 0
         self.watch = Stopwatch(self.received)
         self._outcomes: list[Outcome | None] = []
@@ -57,9 +60,8 @@ class Message(Handle):
 
     @property
     def deadline(self) -> float | None:
-        """Monotonic time after which no device time is spent on it."""
-        timeout_s = self.model.spec.timeout_s if self.model is not None else None
-        return None if timeout_s is None else self.received + timeout_s
+        """Monotonic time after which nobody waits for it."""
+        return None if self.timeout_s is None else self.received + self.timeout_s
 
     def expect(self, count: int, on_complete: Callable[[Message], None]) -> None:
         """Say how many items the message has and whom to call when all have their outcome."""
@@ -116,12 +118,7 @@ class Message(Handle):
     def _finish(self, outcome: Outcome) -> Outcome:
         if outcome.error is not None or self.model is None:
             return outcome
-        try:
-            return Outcome(value=self.model.finish(outcome.value, self.params))
-        except NogradError as err:
-            return Outcome(error=err)
-        except BaseException as err:  # noqa: BLE001 - a model's own code; its item fails
-            return Outcome(error=ModelFailed(f"finish raised {type(err).__name__}: {err}"))
+        return finish(self.model, outcome.value, self.params)
 
 
 def _wire(outcome: Outcome) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from celery import states
 from celery.app.task import Context
@@ -30,14 +30,15 @@ from celery.concurrency.base import BasePool
 from celery.worker import state
 
 from nograd.tasks import registry, transport
-from nograd.tasks.errors import ConfigError, JobError
+from nograd.tasks.errors import ConfigError, JobError, WorkerDied
 from nograd.tasks.keys import MODELS_RENEW_S, PREDICT_TASK, queue_name
 from nograd.tasks.modelfile import ModelFile, load_model_file
 from nograd.tasks.settings import Settings
 
-from . import device
+from . import device, last_words
 from .crew import Crew
-from .engine import Engine
+from .engine import Engine, Hooks
+from .exits import EXIT_CONFIG, EXIT_DEVICE, EXIT_HUNG
 from .handle import Handle
 from .intake import Intake
 from .message import Message
@@ -46,6 +47,7 @@ from .resources import Resources
 from .settle import Settler
 from .store import ResultStore
 from .trace import Callbacks, TraceArgs, trace
+from .watchdog import Activity, Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +88,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self.settler: Settler | None = None
         self.intake: Intake | None = None
         self._threads: dict[str, int] = {}
+        self.watchdog: Watchdog | None = None
         size = min(TASK_THREADS, max(1, self.limit or 1))
         self._tasks: Crew[Task] = Crew("nograd-task", size, _run_each)
         self._withdrawn: Crew[Handle] = Crew("nograd-withdraw", 1, _withdraw_each)
@@ -99,30 +102,40 @@ class TaskPool(BasePool):  # type: ignore[misc]
             resources = Resources.from_env()
             device.configure(resources)
             file = _model_file()
-            self.engine = engine = Engine(file, self._names(file), self._withdrawn.submit, _mark_suspects)
+            hooks = Hooks(self._withdrawn.submit, _mark_suspects, on_lost=self._on_device_lost)
+            self.engine = engine = Engine(file, self._names(file), hooks)
             self.engine.start()
         except ConfigError as err:
             # Celery would print a traceback and exit 1; this is the user's to fix, and one line says it all.
             logger.critical("the worker does not start: %s", err.message)
-            raise SystemExit(2) from err
+            raise SystemExit(EXIT_CONFIG) from err
         task = self.app.tasks[PREDICT_TASK]
         _, hostname = self.options.get("initargs") or (None, "")
-        self.settler = Settler(ResultStore(self.app, task, hostname), task.resultrepr_maxsize)
+        self.settler = Settler(ResultStore(self.app, task, hostname), task.resultrepr_maxsize, engine.activities)
         self.intake = Intake(self.limit, self._largest(), lambda: engine.queue.waiting, transport.resume)
         engine.queue.on_taken = self.intake.eased
         transport.throttle(self.intake.room)
         self.preparer = Preparer(
-            self.engine.models,
-            self.engine.queue,
+            engine.models,
+            engine.queue,
             self.settler,
             self.app.conf.accept_content,
             self._bury,
-            self.intake,
-            resources.threads,
+            intake=self.intake,
+            threads=resources.threads,
+            activities=engine.activities,
+        )
+        self.watchdog = Watchdog(
+            engine.activities,
+            lambda: [model.spec.hard_timeout_s for model in list(engine.models.values())],
+            engine.expire,
+            self._on_hung,
         )
         self._threads = {"prepare": resources.threads, **device.threads()}
         for crew in (self.settler, self.preparer, self._tasks, self._withdrawn):
             crew.start()
+        self.watchdog.start()
+        transport.watch(self._makes_progress)
         self._warn_of_small_batches()
         threading.Thread(target=self._keep_known, args=(file,), name="nograd-registry", daemon=True).start()
 
@@ -158,6 +171,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
         if self.settler is not None and not self.settler.finish(STORE_S):
             logger.error("results could not be stored within %d s; their jobs are delivered again", STORE_S)
         transport.flush()
+        if self.watchdog is not None:  # last: what hangs in a shutdown ends as well
+            self.watchdog.finish()
 
     def on_terminate(self) -> None:
         """Cold shutdown: wait for nothing. The threads are daemons; what they held is delivered again."""
@@ -190,13 +205,40 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._tasks.submit(task, bulk=task.bulk)
         return task
 
-    def _bury(self, message: Message, error: JobError) -> None:
+    def _bury(self, message: Message, deaths: int) -> JobError:
         """Store the failure of a job that kills workers, and keep its message for whoever wants to know why."""
+        words = last_words.read(self.app.backend.client, message.id)
+        last = f" (the last one: {words})" if words else ""
+        error = WorkerDied(f"{deaths} workers died over this job{last}; it is in the dead letters")
         # Stored first: a worker that dies between the two leaves a job that has its end.
         node = self.settler.node if self.settler is not None else None
         request = Context(message.request_dict, hostname=node, timings=message.timings(node))
         self.app.backend.store_result(message.id, error, states.FAILURE, request=request)
         transport.bury(message.delivery, error.message, task_id=message.id, task=message.raw[0])
+        return error
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def _makes_progress(self) -> bool:
+        """Whether what this process holds has a chance here; while not, the transport leaves it to others."""
+        if self._stopping.is_set() or self.engine is None or self.watchdog is None:
+            return True
+        return self.engine.alive and self.watchdog.alive
+
+    def _on_device_lost(self, why: str, jobs: Sequence[Message]) -> None:
+        self._die(EXIT_DEVICE, f"the device is lost: {why}", jobs)
+
+    def _on_hung(self, activity: Activity) -> None:
+        what = f"{activity.what} of model {activity.model} took longer than hard_timeout_s = {activity.limit_s:g} s"
+        logger.critical("%s, over %d job(s). Its thread is here:\n%s", what, len(activity.jobs), activity.stack())
+        self._die(EXIT_HUNG, what, activity.jobs)
+
+    def _die(self, code: int, why: str, jobs: Sequence[Message]) -> NoReturn:
+        def settle(timeout_s: float) -> None:
+            if self.settler is not None:
+                self.settler.finish(timeout_s)
+
+        last_words.die(code, why, jobs, settle, self.app.backend.client)
 
     # -- what others may know ----------------------------------------------------------------------------------------
 

@@ -20,10 +20,10 @@ import msgspec
 from kombu.serialization import loads, prepare_accept_content
 
 from nograd.tasks import transport
-from nograd.tasks.errors import DeadlinePassed, InvalidInput, JobError, NogradError, UnknownModel, WorkerDied
+from nograd.tasks.errors import DeadlinePassed, InvalidInput, JobError, NogradError, UnknownModel
 from nograd.tasks.keys import PREDICT_TASK
 from nograd.tasks.payloads import decode_input
-from nograd.tasks.predict import Outcome
+from nograd.tasks.predict import Outcome, TimeoutS
 
 from .batching import BatchQueue, Item
 from .crew import Crew
@@ -33,6 +33,7 @@ from .message import UNREADABLE, Message
 from .models import HostedModel
 from .settle import Settler
 from .trace import as_job_error
+from .watchdog import Activities
 
 logger = logging.getLogger(__name__)
 
@@ -51,20 +52,23 @@ class Preparer:
         batches: where prepared items go.
         settler: where messages go whose items all have their outcome.
         accept: content types of bodies.
-        on_poison: called with a message over which too many workers have died, before it is settled.
+        on_poison: called with a message over which too many workers have died, and how many; what it is settled with.
         intake: hears of every message how many items it has.
         threads: how many prepare at a time.
+        activities: where a thread says what it does.
     """
 
-    def __init__(  # noqa: PLR0917 - what it owns and whom it tells
+    def __init__(
         self,
         models: Mapping[str, HostedModel],
         batches: BatchQueue,
         settler: Settler,
         accept: list[str] | None,
-        on_poison: Callable[[Message, JobError], None],
+        on_poison: Callable[[Message, int], JobError],
+        *,
         intake: Intake,
         threads: int,
+        activities: Activities,
     ) -> None:
         self._models = models
         self._batches = batches
@@ -72,6 +76,7 @@ class Preparer:
         self._accept = prepare_accept_content(accept)
         self._on_poison = on_poison
         self._intake = intake
+        self._activities = activities
         self._crew: Crew[Message] = Crew("nograd-prepare", threads, self._work)
 
     def start(self) -> None:
@@ -106,9 +111,7 @@ class Preparer:
             return
         message.deaths = _deaths(message)
         if message.deaths >= MOST_DEATHS:
-            error = WorkerDied(f"{message.deaths} workers died over this job; it is in the dead letters")
-            self._on_poison(message, error)
-            self._settler.submit(message, Outcome(error=error))
+            self._settler.submit(message, Outcome(error=self._on_poison(message, message.deaths)))
             return
         try:
             inputs = self._read(message)
@@ -138,16 +141,21 @@ class Preparer:
         risky = model.spec.kind in RISKY_KINDS
         stage = threading.current_thread().name
         items, marked = [], False
-        for index, wire in enumerate(inputs):
-            if message.bulk and self._crew.overtake():
-                marked = False  # those were marked in its place
-            if risky and not marked:
-                transport.suspect([message.delivery], stage)
-                marked = True
-            if item := _prepare_item(message, model, index, wire):
-                items.append(item)
-        if risky:
-            transport.suspect([], stage)
+        try:
+            for index, wire in enumerate(inputs):
+                if message.bulk and self._crew.overtake():
+                    marked = False  # this thread said something else in its place
+                if not marked:
+                    marked = True
+                    self._activities.begin("the preparation", model.name, [message], model.spec.hard_timeout_s)
+                    if risky:
+                        transport.suspect([message.delivery], stage)
+                if item := _prepare_item(message, model, index, wire):
+                    items.append(item)
+        finally:
+            self._activities.end()
+            if risky:
+                transport.suspect([], stage)
         return items
 
     def _read(self, message: Message) -> list[Any]:
@@ -160,14 +168,19 @@ class Preparer:
         args, kwargs, embed = self._decode(message)
         message.body = (*UNREADABLE[:2], embed)  # a chord or an errback hears of a bad call, too
         call = _read_call(args, kwargs)
-        message.body = ((call.model, call.input), {"params": call.params, "many": call.many}, embed)
+        named: dict[str, Any] = {"params": call.params, "many": call.many}
+        if call.timeout_s is not None:
+            named["timeout_s"] = call.timeout_s
+        message.body = ((call.model, call.input), named, embed)
         message.model = self._models.get(call.model)
         if message.model is None:
             raise UnknownModel(f"this worker has no model {call.model!r}; it serves {', '.join(sorted(self._models))}")
         message.params = {**message.model.spec.params, **(call.params or {})}
         message.many = call.many
+        given = [limit for limit in (message.model.spec.timeout_s, call.timeout_s) if limit is not None]
+        message.timeout_s = min(given, default=None)
         if message.deadline is not None and time.monotonic() >= message.deadline:
-            raise DeadlinePassed("the job waited longer than its timeout_s")
+            raise DeadlinePassed("no prediction within the job's timeout_s")
         return call.input if call.many else [call.input]
 
     def _decode(self, message: Message) -> tuple[Any, Any, Any]:
@@ -201,15 +214,20 @@ class _Call(msgspec.Struct, frozen=True):
     input: Any
     params: dict[str, Any] | None = None
     many: bool = False
+    timeout_s: TimeoutS | None = None
 
     def __post_init__(self) -> None:
         if self.many and not isinstance(self.input, list):
             raise ValueError("with `many` the input is a list of inputs")
 
 
+#: the arguments that have a place; the others have a name only
+_POSITIONAL = ("model", "input", "params", "many")
+
+
 def _read_call(args: Any, kwargs: Any) -> _Call:
     # A chain puts the result before it in front: with the model by name, the first argument is the input.
-    fields = tuple(field for field in _Call.__struct_fields__ if field != "model" or "model" not in kwargs)
+    fields = tuple(field for field in _POSITIONAL if field != "model" or "model" not in kwargs)
     try:
         if len(args) > len(fields):
             raise ValueError(f"takes {', '.join(fields)}; {len(args)} arguments given")

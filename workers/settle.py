@@ -27,6 +27,7 @@ from nograd.tasks.predict import Outcome
 from .crew import Crew
 from .store import ResultStore
 from .trace import as_job_error, end_with_error, trace_outcome
+from .watchdog import Activities
 
 if TYPE_CHECKING:
     from .message import Message
@@ -53,12 +54,14 @@ class Settler:
     Args:
         store: the fast path's store.
         resultrepr_maxsize: characters of a result in its event.
+        activities: where a thread says what it does.
     """
 
-    def __init__(self, store: ResultStore, resultrepr_maxsize: int) -> None:
+    def __init__(self, store: ResultStore, resultrepr_maxsize: int, activities: Activities) -> None:
         #: name of this worker
         self.node = store.hostname
         self._store = store
+        self._activities = activities
         self._maxsize = resultrepr_maxsize
         self._crew: Crew[tuple[Message, Outcome | None]] = Crew("nograd-settle", 1, self._settle, MOST_AT_ONCE)
         self._tracers: Crew[tuple[Message, Outcome]] = Crew("nograd-trace", TRACE_THREADS, self._trace)
@@ -83,7 +86,7 @@ class Settler:
         for message, given in taken:
             if not message.claim():
                 continue
-            outcome = self._timed(message, _outcome(message) if given is None else given)
+            outcome = self._timed(message, self._outcome(message) if given is None else given)
             success = self._encode(message, outcome)
             if success is None:
                 self._tracers.submit((message, outcome))
@@ -139,10 +142,13 @@ class Settler:
             trace_outcome(message.celery, message.args, outcome, message.started)
             self.counts["complete"] += 1
 
-
-def _outcome(message: Message) -> Outcome:
-    try:
-        return message.outcome()
-    except BaseException as err:
-        logger.exception("the outcome of a message could not be put together; it fails")
-        return Outcome(error=as_job_error(err))
+    def _outcome(self, message: Message) -> Outcome:
+        if message.model is not None:
+            self._activities.begin("finish", message.model.name, [message], message.model.spec.hard_timeout_s)
+        try:
+            return message.outcome()
+        except BaseException as err:
+            logger.exception("the outcome of a message could not be put together; it fails")
+            return Outcome(error=as_job_error(err))
+        finally:
+            self._activities.end()

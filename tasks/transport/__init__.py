@@ -18,7 +18,8 @@ does nothing for a message of another transport:
 - `bury`: to the dead list, with a reason (`DeadLetters` reads it);
 - `set_budgets`: most unstarted messages of a priority this process holds;
 - `throttle` and `resume`: how many more messages of a priority this process takes just now;
-- `watch`: a watchdog; while it says False this process stops beating and others get its work.
+- `watch`: a watchdog; while it says False this process stops beating and others get its work;
+- `relinquish` right before the process ends: others get everything it holds at their next beat.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from .channel import Channel, SentinelChannel
 from .connection import AMQP, Connection
 from .dead import DeadLetters
 from .errors import TransportError
-from .keeper import Keeper, keepers, set_throttle
+from .keeper import WATCHDOGS, Keeper, keepers, set_throttle
 from .lease import Lease
 from .message import DELIVERY_COUNT
 from .transport import SentinelTransport, Transport
@@ -51,6 +52,7 @@ __all__ = [
     "give_back",
     "lost",
     "register_aliases",
+    "relinquish",
     "resume",
     "set_budgets",
     "started",
@@ -155,8 +157,17 @@ def resume() -> None:
 
 def watch(healthy: Callable[[], bool]) -> None:
     """Ask ``healthy`` before each beat; while it says False, nothing this process holds is renewed."""
+    WATCHDOGS.append(healthy)
+
+
+def relinquish(culprits: Iterable[Any]) -> None:
+    """Let everything this process holds expire now, for good: the process must end right after.
+
+    What has been acknowledged is told to Redis first. Only ``culprits`` count a delivery.
+    """
+    suspects = list(_held(culprits))
     for keeper in keepers():
-        keeper.watchdogs.append(healthy)
+        keeper.relinquish([lease for other, lease in suspects if other is keeper])
 
 
 def _held(messages: Iterable[Any]) -> Iterable[tuple[Keeper, Lease]]:

@@ -33,6 +33,9 @@ logger = get_logger(__name__)
 
 _Item = TypeVar("_Item")
 
+#: each must say True, or this process is considered stuck and no keeper of it beats; also one that is made later
+WATCHDOGS: Final[list[Callable[[], bool]]] = []
+
 #: seconds the acknowledgements of a burst wait for each other, so that they share one write
 GATHER_S: Final = 0.003
 #: seconds until a flush that failed is tried again
@@ -109,7 +112,7 @@ class Keeper:
         self.holder = uuid.uuid4().hex[:12]
         #: most unstarted messages per priority step; absent is unlimited
         self.budgets: dict[int, int] = {}
-        #: each must say True, or this process is considered stuck and stops beating
+        #: as `WATCHDOGS`, for this keeper alone
         self.watchdogs: list[Callable[[], bool]] = []
         self._wire = Wire(pool)
         self._marks = Wire(pool)
@@ -124,6 +127,7 @@ class Keeper:
         self._clock: tuple[float, float] | None = None
         self._sweep_after = 0.0
         self._stuck = False
+        self._relinquished = False
         self._complained_at = -COMPLAIN_S
         self._fetches = itertools.count(1)
         self._wake = threading.Event()
@@ -244,17 +248,36 @@ class Keeper:
         """
         with self._stages_lock:
             ids = tuple(lease.id for lease in leases)
+            if self._relinquished:
+                return
             if self._stages.get(stage, ()) == ids:
                 return
             self._stages[stage] = ids
-            every = [i for each in self._stages.values() for i in each]
-            value = "\n" + "\n".join(every) + "\n" if every else ""
             try:
-                key = self._suspects_key(self.holder)
-                command: Command = ("SET", key, value, "PX", names.SUSPECTS_TTL_MS) if value else ("DEL", key)
-                self._marks.send([command])
+                self._marks.send([self._suspects_command([i for each in self._stages.values() for i in each])])
             except (RedisError, OSError) as err:
                 logger.debug("suspects were not written: %s", err)
+
+    def relinquish(self, suspects: Iterable[Lease]) -> None:
+        """Let everything expire that is still held, and renew nothing any more; exactly the suspects count a delivery.
+
+        Raises:
+            RedisError, OSError: if Redis does not answer; everything expires in its time then.
+        """
+        self.flush()
+        with self._beat_lock, self._stages_lock:  # a beat that is on its way may still renew; none comes after it
+            self._relinquished = True
+            ids = list(self._held)
+            commands = [self._suspects_command([lease.id for lease in suspects])]
+            for k in range(0, len(ids), PER_CALL):
+                chunk = ids[k : k + PER_CALL]
+                scores = [part for lease_id in chunk for part in (0, lease_id)]
+                commands.append(("ZADD", self.keys.prefix + names.LEASES, "XX", *scores))
+            self._wire.call(commands)
+
+    def _suspects_command(self, ids: list[str]) -> Command:
+        key = self._suspects_key(self.holder)
+        return ("SET", key, "\n" + "\n".join(ids) + "\n", "PX", names.SUSPECTS_TTL_MS) if ids else ("DEL", key)
 
     # -- beating -----------------------------------------------------------------------------------------------------
 
@@ -271,6 +294,8 @@ class Keeper:
     def beat(self) -> bool:
         """Renew every lease, hear which are lost, reclaim what others let expire; False if Redis did not answer."""
         with self._beat_lock:
+            if self._relinquished:
+                return True
             self._bury_forgotten()
             leases = self._beating()
             sent = time.monotonic()
@@ -296,7 +321,7 @@ class Keeper:
         return True
 
     def _beating(self) -> list[Lease]:
-        if not all(watchdog() for watchdog in self.watchdogs):
+        if not all(watchdog() for watchdog in (*WATCHDOGS, *self.watchdogs)):
             if not self._stuck:
                 logger.critical("no progress: %d leases are left to expire", len(self._held))
             self._stuck = True

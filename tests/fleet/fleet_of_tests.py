@@ -107,6 +107,68 @@ class Gated:
         return [{"pid": os.getpid(), "at": time.monotonic(), "batch": len(batch)}] * len(batch)
 
 
+class Deadly:
+    """Ends badly for its process the first time it meets a value like ``["hang", "/a/file"]``; the file remembers."""
+
+    def load(self, device):
+        pass
+
+    def prepare(self, value):
+        self.meet("hang in prepare", value)
+        return value
+
+    def forward(self, batch):
+        time.sleep(0.05)
+        for value in batch:
+            if self.meet("accelerator error", value):
+                raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+            if self.meet("hang with the GIL", value):
+                ctypes.PyDLL(None).sleep(1000)
+            self.meet("hang", value)
+        return [value if isinstance(value, int) else (value, f"in a batch of {len(batch)}") for value in batch]
+
+    def finish(self, output):
+        if isinstance(output, int):
+            return output
+        value, answer = output
+        self.meet("hang in finish", value)
+        return answer
+
+    def meet(self, how, value):
+        if not isinstance(value, list) or value[0] != how or Path(value[1]).exists():
+            return False
+        Path(value[1]).touch()
+        if how in ("hang", "hang in prepare", "hang in finish"):
+            time.sleep(1000)
+        return True
+
+
+class Hungry:
+    """Has memory for so many inputs; answers with the size of its batch. A negative input never fits."""
+
+    def __init__(self, fits):
+        self.fits = fits
+
+    def load(self, device):
+        pass
+
+    def forward(self, batch):
+        time.sleep(0.1)
+        if len(batch) > self.fits or min(batch) < 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return [len(batch)] * len(batch)
+
+
+class Log:
+    """The logarithm, of numbers that may have none."""
+
+    def load(self, device):
+        pass
+
+    def forward(self, batch):
+        return torch.tensor(batch).log()
+
+
 class Slow:
     """Takes as many seconds as it is told."""
 

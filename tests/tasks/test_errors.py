@@ -25,6 +25,7 @@ CODES = {
     "InvalidInput": "invalid_input",
     "ModelFailed": "model_failed",
     "OutputMismatch": "output_mismatch",
+    "NonFiniteOutput": "nonfinite_output",
     "DeadlinePassed": "deadline_passed",
     "WorkerDied": "worker_died",
     "JobCancelled": "cancelled",

@@ -1,5 +1,6 @@
 """The laws of `nograd.workers.batching`, with a clock of the tests' own."""
 
+import math
 from threading import Thread
 
 import pytest
@@ -72,6 +73,31 @@ def test_an_expired_item_is_handed_out_but_not_to_run():
     batch = backlog(item(deadline=5), item(deadline=None), item(deadline=9)).next_batch(now=5)
     assert [i.deadline for i in batch.expired] == [5]
     assert [i.deadline for i in batch.items] == [9, None]
+
+
+def test_what_is_too_late_can_be_taken_out_before_its_turn():
+    items = [item(group=n % 2, arrived=n, deadline=deadline) for n, deadline in enumerate([5, None, 9, 7, 5])]
+    waiting = backlog(*items)
+    assert waiting.expire(now=4.9) == []
+    assert {id(one) for one in waiting.expire(now=5)} == {id(items[0]), id(items[4])}
+    assert waiting.expire(now=5) == []
+    assert {id(one) for one in waiting.expire(now=100)} == {id(items[2]), id(items[3])}
+    assert waiting.waiting == (1, 0)
+    assert waiting.drain() == [items[1]]
+    waiting.put(item(deadline=3))
+    assert len(waiting.expire(now=100)) == 1
+    assert not waiting._groups
+    assert waiting.next_batch(now=100) is None
+    assert waiting.wake_at() is None
+
+
+def test_what_is_left_after_something_has_expired_keeps_its_window_and_its_order():
+    items = [item(arrived=n, deadline=deadline) for n, deadline in enumerate([3, None, 50])]
+    waiting = backlog(*items, max_items=3, max_wait_s=10)
+    assert waiting.wake_at() == -math.inf  # complete
+    assert waiting.expire(now=3) == [items[0]]
+    assert waiting.wake_at() == 11
+    assert waiting.next_batch(now=11).items == items[1:]
 
 
 def test_an_empty_group_is_forgotten():

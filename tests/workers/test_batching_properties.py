@@ -30,6 +30,7 @@ _steps = st.lists(
         st.tuples(st.just("pass"), st.floats(0, 6)),
         st.just(("take",)),
         st.just(("take",)),
+        st.just(("expire",)),
         st.tuples(st.just("cap"), st.sampled_from("mn"), st.integers(0, 2), st.none() | st.integers(1, 3)),
         st.tuples(st.just("limit"), st.sampled_from("mn"), _limits),
     ),
@@ -63,6 +64,12 @@ class Device:
     def limit(self, model, limits):
         self.backlog.add_model(model, limits)
         self.limits[model] = limits
+
+    def expire(self):
+        late = self.backlog.expire(self.now)
+        assert set(map(id, late)) == {id(one) for one in self.waiting if expired(one, self.now)}
+        for one in late:
+            self.waiting.remove(one)
 
     def take(self):
         before = list(self.waiting)

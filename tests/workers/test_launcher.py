@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import fleet_of_tests
 from nograd.producer import Client
 from nograd.tasks.errors import ConfigError
 from nograd.workers import launcher
@@ -240,6 +242,22 @@ def test_a_killed_worker_is_started_again_after_a_pause_that_grows(launch, redis
         assert re.findall(r"ended with -9; starting again in (\d+) s", launched.text()) == ["1", "2"]
         launched.until_ready()
         assert client.submit("double", 21).result(30) == 42
+
+
+def test_a_worker_whose_device_is_lost_is_started_again_and_the_job_it_ended_over_runs_alone(
+    launch, redis_url, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("NOGRAD_LEASE_S", "3")
+    shutil.copy(fleet_of_tests.__file__, tmp_path)
+    models = tmp_path / "models.toml"
+    models.write_text('[deadly]\nloader = "python"\nclass = "fleet_of_tests:Deadly"\n')
+    with Client(redis_url, models=models) as client:
+        jobs = client.submit_many("deadly", [*range(20), ["accelerator error", str(tmp_path / "happened")]])
+        with launch(models=models) as launched:
+            results = [job.result(START_S) for job in jobs]
+            assert "the device is lost: AcceleratorError: CUDA error: device-side assert triggered" in launched.text()
+            assert "ended with 70 (its device is lost); starting again in 1 s" in launched.text()
+        assert results == [*range(20), "in a batch of 1"]
 
 
 def test_a_worker_that_refuses_its_models_is_not_started_again_and_ends_the_launch(launch, tmp_path):

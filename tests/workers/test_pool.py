@@ -41,6 +41,7 @@ batch = { max_items = 16 }
 loader = "python"
 class = "fleet_of_tests:Echo"
 batch = { max_items = 8, max_wait_ms = 100 }
+nonfinite_output = "allow"
 
 [slow]
 loader = "python"
@@ -115,7 +116,6 @@ def test_a_dropout_model_is_in_eval_mode(app):
         ("bad prepare", errors.InvalidInput, "I do not like it"),
         ("exit in prepare", errors.InvalidInput, "SystemExit: 3"),
         ("bad forward", errors.ModelFailed, "RuntimeError: cannot digest"),
-        ("memory", errors.ModelFailed, "MemoryError: no more"),
         ("exit", errors.ModelFailed, "SystemExit: 4"),
         ("interrupt", errors.ModelFailed, "KeyboardInterrupt"),
         ("bad finish", errors.ModelFailed, "KeyError"),
@@ -130,6 +130,18 @@ def test_a_bad_item_fails_alone_with_its_own_typed_error(app, worker, value, err
     assert type(outcome) is error
     assert says in str(outcome)
     assert worker.alive()
+
+
+def test_an_input_that_does_not_fit_into_memory_is_tried_again_later_and_its_neighbours_succeed(app):
+    good = [send(app, "picky", n) for n in range(5)]
+    bad = send(app, "picky", "memory")
+    assert [result.get(timeout=TIMEOUT) for result in good] == list(range(5))
+    deadline = time.monotonic() + TIMEOUT
+    while bad.state != "RETRY":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert isinstance(bad.result, errors.Overloaded)
+    app.control.revoke(bad.id)
 
 
 def test_a_wrong_number_of_outputs_fails_its_batch_loudly(app):

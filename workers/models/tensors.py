@@ -236,7 +236,7 @@ def to_json(value: Any) -> Any:
     """A prediction as JSON holds it: numbers, strings, nested lists, dicts.
 
     A tensor with one element of shape ``()`` or ``(1,)`` becomes a plain number; whole numbers stay whole. NaN and
-    infinity stay what they are: Python's JSON writes and reads them, though the standard does not know them.
+    infinity stay what they are here; the model file says what becomes of them (`nograd.workers.outputs`).
 
     Raises:
         ModelFailed: for what JSON cannot hold (an image, bytes, complex numbers).

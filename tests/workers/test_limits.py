@@ -1,0 +1,184 @@
+"""Time limits, NaN, memory and lost devices in real workers: what costs a job costs no other, and nothing is lost."""
+
+import shutil
+import time
+
+import pytest
+
+import fleet_of_tests
+from nograd.producer import Client
+from nograd.tasks import errors, keys
+from nograd.workers import exits
+
+TIMEOUT = 60
+
+MODELS = """
+[deadly]
+loader = "python"
+class = "fleet_of_tests:Deadly"
+batch = { max_items = 16 }
+hard_timeout_s = 1.5
+
+[slow]
+loader = "python"
+class = "fleet_of_tests:Slow"
+batch = { max_items = 4 }
+hard_timeout_s = 30
+
+[log]
+loader = "python"
+class = "fleet_of_tests:Log"
+"""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fleet")
+    shutil.copy(fleet_of_tests.__file__, folder)
+    path = folder / "models.toml"
+    path.write_text(MODELS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def client(redis_url, models):
+    with Client(redis_url, models=models) as made:
+        yield made
+
+
+@pytest.fixture
+def doomed(start_worker, models):
+    """Start a worker of these models that is expected to die, with a lease that is soon over."""
+
+    def start(*names):
+        return start_worker(models, "-Q", ",".join(map(keys.queue_name, names)), env={"NOGRAD_LEASE_S": "3"})
+
+    return start
+
+
+# -- processes that cannot go on --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("hang", "the forward of model deadly took longer than hard_timeout_s = 1.5 s"),
+        ("hang in prepare", "the preparation of model deadly took longer"),
+        ("hang in finish", "finish of model deadly took longer"),
+    ],
+)
+def test_a_worker_with_a_model_that_hangs_says_where_and_ends_and_all_its_jobs_succeed(
+    client, doomed, tmp_path, how, says
+):
+    mark = tmp_path / "happened"
+    jobs = client.submit_many("deadly", [*range(40), [how, str(mark)], *range(40)])
+    first = doomed("deadly")
+    assert first.process.wait(TIMEOUT) == exits.EXIT_HUNG, first.text()
+    assert says in first.text()
+    assert "time.sleep(1000)" in first.text()  # where the thread was
+    # Nothing waits for a lease to run out: all that is not done stands in the queue at the next worker's second beat.
+    second = doomed("deadly")
+    results = [job.result(TIMEOUT) for job in jobs]
+    assert results[40] == "in a batch of 1"  # alone from then on
+    assert results[:40] + results[41:] == [*range(40), *range(40)]
+    assert second.alive()
+    second.stop()
+    words = client.app.backend.client.get(keys.LAST_WORDS + jobs[40].id).decode()
+    assert words.startswith(says)
+    assert client.app.backend.client.ttl(keys.LAST_WORDS + jobs[40].id) > 3600
+
+
+def test_code_that_hangs_and_holds_the_gil_ends_the_worker_as_well(client, start_worker, models, tmp_path):
+    job = client.submit("deadly", ["hang with the GIL", str(tmp_path / "happened")])
+    # The timer in C leaves a margin to what may hold the GIL; a test has no time for it.
+    worker = start_worker(
+        models, "-Q", "nograd.deadly", env={"NOGRAD_LEASE_S": "3", "PYTHONPATH": str(_impatient(tmp_path))}
+    )
+    assert worker.process.wait(TIMEOUT) == 1
+    assert "Timeout (0:00:" in worker.text()
+    second = start_worker(models, "-Q", "nograd.deadly", env={"NOGRAD_LEASE_S": "3"})
+    assert job.result(TIMEOUT) == "in a batch of 1"
+    second.stop()
+
+
+def _impatient(folder):
+    (folder / "sitecustomize.py").write_text(
+        "import faulthandler\n"
+        "later = faulthandler.dump_traceback_later\n"
+        "faulthandler.dump_traceback_later = lambda s, **more: later(s - 13, **more)\n"
+    )
+    return folder
+
+
+# -- time limits of jobs ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def worker(start_worker, models, client):
+    made = start_worker(models, "-Q", "nograd.slow,nograd.log")
+    assert client.submit("slow", 0).result(TIMEOUT) == 0  # from here on it consumes
+    return made
+
+
+def test_a_job_that_waits_longer_than_its_timeout_is_told_so_while_the_device_is_still_busy(client, worker):
+    front = client.submit("slow", 6)
+    time.sleep(1)
+    late = client.submit("slow", 0, timeout_s=0.5)
+    with pytest.raises(errors.DeadlinePassed):
+        late.result(TIMEOUT)
+    assert not front.done()
+    assert front.result(TIMEOUT) == 6
+
+
+def test_a_job_whose_forward_outlasts_its_timeout_is_told_so_and_its_neighbours_get_their_predictions(client, worker):
+    front = client.submit("slow", 0.7)  # so that the next ones share a batch
+    time.sleep(0.3)
+    late, patient = client.submit("slow", 3, timeout_s=1.5), client.submit("slow", 3, timeout_s=100)
+    with pytest.raises(errors.DeadlinePassed):
+        late.result(TIMEOUT)
+    assert not patient.done()
+    assert patient.result(TIMEOUT) == 3
+    assert front.result(TIMEOUT) == 0.7
+    time.sleep(0.5)
+    assert late.state == "FAILURE"  # the late prediction was dropped
+    assert worker.alive()
+
+
+def test_the_items_of_a_message_pass_their_deadline_each_for_itself(client, worker):
+    outcomes = list(client.map("slow", [0, 0, 0, 0, 4, 4, 4, 4, 4], batch=9, timeout_s=2, return_exceptions=True))
+    assert outcomes[:4] == [0] * 4
+    assert [type(outcome) for outcome in outcomes[4:]] == [errors.DeadlinePassed] * 5
+
+
+def test_a_stock_client_gives_a_timeout_by_name(client, worker):
+    front = client.submit("slow", 3)
+    time.sleep(0.5)
+    late = client.app.send_task("nograd.predict", ["slow", 0], {"timeout_s": 0.3}, queue="nograd.slow")
+    with pytest.raises(errors.DeadlinePassed):
+        late.get(timeout=TIMEOUT)
+    assert not front.done()
+    front.result(TIMEOUT)
+
+
+@pytest.mark.parametrize("timeout_s", [0, -1, "soon", True, float("nan"), float("inf")])
+def test_a_timeout_that_is_none_is_refused_on_both_sides(client, worker, timeout_s):
+    with pytest.raises(errors.InvalidInput, match="timeout_s"):
+        client.submit("slow", 0, timeout_s=timeout_s)
+    result = client.app.send_task("nograd.predict", ["slow", 0], {"timeout_s": timeout_s}, queue="nograd.slow")
+    with pytest.raises(errors.InvalidInput, match="timeout_s"):
+        result.get(timeout=TIMEOUT)
+
+
+# -- NaN --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_prediction_with_nan_or_infinity_fails_in_its_place(client, worker):
+    jobs = client.submit_many("log", [1.0, 0.0, -1.0, 1.0])
+    assert [type(job.exception(TIMEOUT)) for job in jobs] == [
+        type(None), errors.NonFiniteOutput, errors.NonFiniteOutput, type(None),
+    ]  # fmt: skip
+    with pytest.raises(errors.NonFiniteOutput, match=r"the prediction is -inf; .*nonfinite_output"):
+        jobs[1].result()
+    assert [type(each) for each in client.map("log", [-1.0] * 3, return_exceptions=True)] == [
+        errors.NonFiniteOutput
+    ] * 3

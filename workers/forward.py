@@ -1,0 +1,126 @@
+"""Running one batch so that what goes wrong costs nobody but its culprit.
+
+Laws:
+
+* A model returns exactly one output for each input, or its whole batch fails loudly.
+* A forward that raises is split and run again until the culprit stands alone: one bad item never costs its neighbours.
+* A forward that runs out of memory is split as well, and nothing larger than what then fits is tried again.
+* Whatever is raised, also what is no `Exception`, becomes the outcome of an item; except `DeviceLost`, after which
+  nothing can be run in this process.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from traceback import clear_frames
+from typing import Any
+
+import torch
+
+from nograd.tasks.errors import JobError, ModelFailed, OutputMismatch, Overloaded
+from nograd.tasks.predict import Outcome
+
+from .batching import Item
+from .faults import DeviceLost, is_device_lost, is_out_of_memory
+from .models import HostedModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """How a forward failed.
+
+    Attributes:
+        error: what each of its items is told if no smaller batch helps.
+        out_of_memory: whether it was for want of memory.
+        splits: whether a smaller batch may help.
+    """
+
+    error: JobError
+    out_of_memory: bool = False
+    splits: bool = True
+
+
+def run_isolated(
+    model: HostedModel,
+    items: Sequence[Item],
+    device: torch.device,
+    on_forward: Callable[[Sequence[Item]], None],
+    on_outcome: Callable[[Item, Outcome], None],
+) -> int | None:
+    """Run a batch; each item gets one outcome.
+
+    Args:
+        model: whose items these are.
+        items: of one group.
+        device: where the model is.
+        on_forward: called with the items of each forward before it runs.
+        on_outcome: called with each item's outcome as soon as it is known.
+
+    Returns:
+        How many items fit into one forward, if more than that ran out of memory; else None.
+
+    Raises:
+        DeviceLost: if the device answers no more. The items of the last forward, and those that had not had one, have
+            no outcome then.
+    """
+    pieces, fits = [list(items)], None
+    while pieces:
+        piece = pieces.pop()
+        if fits is not None and len(piece) > fits:
+            pieces += [piece[fits:], piece[:fits]]
+            continue
+        on_forward(piece)
+        result = _attempt(model, piece, device)
+        if not isinstance(result, _Failure):
+            for item, output in zip(piece, result, strict=True):
+                on_outcome(item, Outcome(value=output))
+            continue
+        if result.out_of_memory:
+            _free_memory()
+            fits = max(1, len(piece) // 2)
+        if result.splits and len(piece) > 1:
+            middle = len(piece) // 2
+            pieces += [piece[middle:], piece[:middle]]
+            continue
+        logger.warning("model %s failed on %d input(s): %s", model.name, len(piece), result.error.message)
+        for item in piece:
+            # An error of its own for each: whoever raises one adds to its traceback.
+            error = result.error if len(piece) == 1 else OutputMismatch(result.error.message)
+            on_outcome(item, Outcome(error=error))
+    return fits
+
+
+def _attempt(model: HostedModel, items: Sequence[Item], device: torch.device) -> Sequence[Any] | _Failure:
+    """One forward: its outputs, or how it failed. No tensor of a failed one is kept alive by what is returned."""
+    try:
+        outputs = model.forward([item.prepared for item in items], items[0].job.params)
+        if len(outputs) != len(items):
+            raise OutputMismatch(f"model {model.name!r} returned {len(outputs)} outputs for {len(items)} inputs")
+    except OutputMismatch as err:
+        # Nobody knows whose output is whose, also not in a smaller batch.
+        return _Failure(err, splits=False)
+    except JobError as err:
+        return _Failure(err)
+    except BaseException as err:
+        if is_device_lost(err, device):
+            raise DeviceLost(f"{type(err).__name__}: {err}") from err
+        memory = is_out_of_memory(err, len(items))
+        clear_frames(err.__traceback__)  # frames hold tensors, and the halves need their memory
+        if memory:
+            return _Failure(Overloaded(f"out of memory on {len(items)} input(s): {err}"), out_of_memory=True)
+        error = ModelFailed(f"{type(err).__name__}: {err}")
+        error.__cause__ = err.with_traceback(None)
+        return _Failure(error)
+    return outputs
+
+
+def _free_memory() -> None:
+    """Give back what a failed forward held; outside its ``except``, where nothing refers to its tensors any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
