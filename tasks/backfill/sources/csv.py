@@ -48,7 +48,7 @@ class _Votes:
     bools: int = 0
 
     def count(self, column: pa.Array) -> None:
-        self.values += len(column) - _count(column, _BLANK)
+        self.values += len(column) - column.null_count - _count(column, _BLANK)
         self.ints += _count(column, _INT)
         self.same_ints += _count(column, _SAME_INT)
         self.floats += _count(column, _FLOAT)

@@ -6,6 +6,7 @@ file system. Hidden files, and those whose name or folder begins with ``_``, are
 
 from __future__ import annotations
 
+import datetime
 import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -153,8 +154,10 @@ def _remote(url: str) -> Iterator[Found]:
 
 
 def _of_info(url: str, name: str, info: dict[str, Any], *, named: bool) -> Found:
-    stamp = next((str(info[key]) for key in _STAMPS if info.get(key)), "")
-    return Found(url, name, int(info["size"] or 0), stamp, named)
+    stamp = next((info[key] for key in _STAMPS if info.get(key)), "")
+    if isinstance(stamp, datetime.datetime):  # some say a date when asked for one file, and seconds when they list
+        stamp = stamp.timestamp()
+    return Found(url, name, int(info["size"] or 0), str(stamp), named)
 
 
 def sort(files: Iterable[Found]) -> list[Found]:

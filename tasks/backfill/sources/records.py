@@ -25,7 +25,7 @@ BLOCK_BYTES = 4 << 20
 MAX_RECORD_BYTES = 64 << 20
 
 _NEWLINE, _RETURN, _QUOTE = 10, 13, 34
-_QUOTED = re.compile(rb'"(?:[^"]+|"")*"')
+_QUOTED = re.compile(rb'"(?:[^"]+|"")*+"')  # possessive: a doubled quote never closes
 
 
 class Quoting(NamedTuple):
