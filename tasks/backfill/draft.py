@@ -3,6 +3,7 @@
 Laws: every selected row is in exactly one chunk, in input order; the cut depends on nothing but the inputs' rows and
 the numbers given; the last tenth of the rows is cut into quarter chunks, so that no worker is left alone with a whole
 one at the end; a chunk ends at the end of a file or row group if that is within a quarter of its size.
+No rows at all are one chunk: its part is empty, and has the declared schema.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def draft(
         ),
         selection=chosen,
         rows=rows if picked is None else len(picked),
-        chunks=extents[-1].chunk + 1 if extents else 0,
+        chunks=extents[-1].chunk + 1 if extents else 1,
         rows_per_chunk=rows_per_chunk,
         batch_rows=batch_rows,
         ranges=table_sha256(ranges),

@@ -10,6 +10,7 @@ Laws:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -71,8 +72,8 @@ def as_array(predictions: Sequence[Any] | pa.Array | np.ndarray[Any, Any], kind:
         return pa.array(predictions, kind)
     array = np.ascontiguousarray(predictions)
     column = pa.array(array.reshape(-1))
-    for width in reversed(array.shape[1:]):
-        offsets = np.arange(0, len(column) + 1, width) if width else np.zeros(len(array) + 1)
+    for axis in reversed(range(1, array.ndim)):
+        offsets = np.arange(math.prod(array.shape[:axis]) + 1) * array.shape[axis]
         column = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), column)
     return column if kind is None else column.cast(kind)
 

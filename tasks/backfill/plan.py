@@ -28,9 +28,10 @@ from .store import Store
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 else:
-    from .extra import pa, pq
+    from .extra import pa, pc, pq
 
 #: written into every plan; a plan of another version is refused
 VERSION = 1
@@ -306,8 +307,7 @@ class Job:
                 yield current, rows
                 current, rows = row["chunk"], 0
             rows += row["count"]
-        if self.plan.chunks:
-            yield current, rows
+        yield current, rows
 
     def files(self, first: int, count: int = 1) -> list[InputFile]:
         """Input files by position."""
@@ -359,9 +359,9 @@ class _Table:
         found: list[dict[str, Any]] = []
         for index in range(self._file.num_row_groups):
             bounds = self._file.metadata.row_group(index).column(position).statistics
-            if bounds.min <= value <= bounds.max:
+            if bounds is not None and bounds.min <= value <= bounds.max:
                 group = self._group(index)
-                found.extend(group.filter(pa.compute.equal(group[column], value)).to_pylist())
+                found.extend(group.filter(pc.equal(group[column], value)).to_pylist())
         return found
 
 

@@ -48,8 +48,11 @@ class LocalStore:
         try:
             if not self.create(name, b"first") or self.create(name, b"second") or self.read(name) != b"first":
                 raise OutputError(f"{self.url}: creating a file a second time did not fail as it must")
-            staged = self.stage(b"third")
-            return self._take(self.root / staged, self.root / f"{name}-3")
+            staged = self.root / self.stage(b"third")
+            try:
+                return self._take(staged, self.root / f"{name}-3")
+            finally:
+                staged.unlink(missing_ok=True)
         finally:
             self.remove(name)
             self.remove(f"{name}-3")

@@ -129,12 +129,10 @@ class RemoteStore:
         Raises:
             OutputError: naming its class.
         """
-        asynchronous = isinstance(self._fs, fsspec.asyn.AsyncFileSystem)
-        base, put = (
-            (fsspec.asyn.AsyncFileSystem, "_pipe_file")
-            if asynchronous
-            else (fsspec.spec.AbstractFileSystem, "pipe_file")
-        )
+        from fsspec.asyn import AsyncFileSystem
+
+        asynchronous = isinstance(self._fs, AsyncFileSystem)
+        base, put = (AsyncFileSystem, "_pipe_file") if asynchronous else (fsspec.spec.AbstractFileSystem, "pipe_file")
         kind = type(self._fs)
         if getattr(kind, put) is getattr(base, put):
             raise OutputError(f"{self.url} cannot hold a backfill: {kind.__name__} has no conditional put")

@@ -6,7 +6,7 @@ file system. Hidden files, and those whose name or folder begins with ``_``, are
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import glob
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -155,7 +155,7 @@ def _remote(url: str) -> Iterator[Found]:
 
 def _of_info(url: str, name: str, info: dict[str, Any], *, named: bool) -> Found:
     stamp = next((info[key] for key in _STAMPS if info.get(key)), "")
-    if isinstance(stamp, datetime.datetime):  # some say a date when asked for one file, and seconds when they list
+    if isinstance(stamp, dt.datetime):  # some say a date when asked for one file, and seconds when they list
         stamp = stamp.timestamp()
     return Found(url, name, int(info["size"] or 0), str(stamp), named)
 

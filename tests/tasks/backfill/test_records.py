@@ -77,5 +77,5 @@ def test_empty_lines_are_no_records_and_the_last_needs_no_line_end():
 def test_a_quote_that_is_never_closed_is_refused_with_its_place(monkeypatch):
     monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1 << 20)
     data = b'1,2\n3,"' + b"x\n" * (1 << 20)
-    with pytest.raises(SourceError, match="in.csv: the record at byte 4 is longer than 1 MiB; is there a quote"):
+    with pytest.raises(SourceError, match=r"in.csv: the record at byte 4 is longer than 1 MiB; is there a quote"):
         list(blocks(io.BytesIO(data), 0, len(data), COMMA, name="in.csv", block_bytes=1 << 16))

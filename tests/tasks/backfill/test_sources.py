@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from pathlib import Path
 
 import fsspec
 import pyarrow as pa
@@ -10,13 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scoring import planned, read_all
 
 from nograd.tasks.backfill.draft import head
 from nograd.tasks.backfill.sources import reader_of, survey
 from nograd.tasks.backfill.sources.images import read_image
 from nograd.tasks.backfill.sources.parquet import ParquetReader
 from nograd.tasks.errors import InvalidInput, PlanChanged, SourceError
+from scoring import planned, read_all
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -180,13 +181,13 @@ def test_parquet_files_of_several_types_nulls_and_dictionaries(tmp_path):
     with pytest.raises(SourceError, match=r"3.parquet has no column 'x', which 1.parquet has"):
         survey(folder, columns=["x"])
     pq.write_table(pa.table({"x": [["list"]]}), folder / "3.parquet")
-    with pytest.raises(SourceError, match="3.parquet: its columns do not go with those of 1.parquet"):
+    with pytest.raises(SourceError, match=r"3.parquet: its columns do not go with those of 1.parquet"):
         survey(folder, columns=["x"])
 
 
 def test_a_parquet_file_that_is_none_is_refused_by_name(tmp_path):
     (tmp_path / "in.parquet").write_bytes(b"PAR1 and nothing else")
-    with pytest.raises(SourceError, match="in.parquet is no readable Parquet file"):
+    with pytest.raises(SourceError, match=r"in.parquet is no readable Parquet file"):
         survey(tmp_path / "in.parquet")
 
 
@@ -224,7 +225,7 @@ def test_globs_lists_and_several_sources(tmp_path, monkeypatch):
     (tmp_path / "list.txt").write_text("c.png\n\na.jpg\n")
     assert [file.name for file in survey("@list.txt").files] == ["c.png", "a.jpg"]
     assert [file.name for file in survey(["c.png", tmp_path / "b.jpg"]).files] == ["c.png", "b.jpg"]
-    assert all(os.path.isabs(file.url) for file in survey("*.jpg").files)
+    assert all(Path(file.url).is_absolute() for file in survey("*.jpg").files)
 
 
 def write(tmp_path, name, data):

@@ -1,0 +1,128 @@
+"""What every store promises, on every kind; and which object stores are refused."""
+
+import threading
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from nograd.tasks.backfill.store import open_store
+from nograd.tasks.errors import OutputError
+
+
+class Conditional(MemoryFileSystem):
+    """Memory that decides a conditional put in one step, as an object store does."""
+
+    protocol = "conditional"
+    store = {}  # noqa: RUF012 - as in its base: one for all
+    pseudo_dirs = [""]  # noqa: RUF012
+    lock = threading.Lock()
+    lose_answers = False
+
+    def pipe_file(self, path, value, mode="overwrite", **kwargs):
+        with self.lock:
+            if self.lose_answers and mode == "create":
+                super().pipe_file(path, value, mode)  # done; the answer is lost, and the client asks again
+            super().pipe_file(path, value, mode)
+
+
+class Careless(Conditional):
+    """It does not know of modes."""
+
+    protocol = "careless"
+
+    def pipe_file(self, path, value, mode="overwrite", **kwargs):
+        super().pipe_file(path, value, "overwrite")
+
+
+class Plain(fsspec.AbstractFileSystem):
+    """It has what every file system of fsspec has, and no more."""
+
+    protocol = "plain"
+
+
+@pytest.fixture(params=["local", "conditional"])
+def store(request, tmp_path):
+    fsspec.register_implementation("conditional", Conditional, clobber=True)
+    fsspec.register_implementation("careless", Careless, clobber=True)
+    fsspec.register_implementation("plain", Plain, clobber=True)
+    Conditional.store.clear()
+    return open_store(tmp_path / "out" if request.param == "local" else "conditional://bucket/out")
+
+
+def test_a_name_is_taken_once(store):
+    assert store.create("_commits/a", b"first")
+    assert not store.create("_commits/a", b"second")
+    assert store.read("_commits/a") == b"first"
+    assert store.names("_commits") == ["a"]
+    assert store.names("_staging") == []
+
+
+def test_of_many_threads_one_takes_the_name(store):
+    barrier = threading.Barrier(16)
+    won = []
+
+    def race(number):
+        barrier.wait()
+        if store.create("x", str(number).encode()):
+            won.append(number)
+
+    threads = [threading.Thread(target=race, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert store.read("x") == str(won[0]).encode()
+    assert len(won) == 1
+
+
+def test_settling_again_and_again_is_settling_once(store):
+    staged = store.stage(b"content")
+    for _ in range(3):
+        store.settle(staged, "parts/a", 7)
+        assert store.read("parts/a") == b"content"
+    assert store.names("_staging") == []
+    with pytest.raises(OutputError, match="parts/b is gone, and what it was made from"):
+        store.settle(staged, "parts/b", 7)
+
+
+def test_what_is_not_there_is_told(store):
+    with pytest.raises(FileNotFoundError):
+        store.read("nothing")
+    with pytest.raises(FileNotFoundError):
+        store.open("nothing")
+    assert store.size("nothing") is None
+    assert store.names("nothing") == []
+    store.remove("nothing")
+    store.replace("_X", b"1")
+    store.replace("_X", b"22")
+    assert store.size("_X") == 2
+    with store.open("_X") as file:
+        assert file.read(1) == b"2"
+
+
+def test_a_probe_leaves_nothing(store):
+    assert store.probe() in {"link", "put"}
+    assert store.names("_staging") == []
+
+
+def test_a_lost_answer_is_no_lost_race(store, monkeypatch):
+    monkeypatch.setattr(Conditional, "lose_answers", True)
+    remote = open_store("conditional://bucket/other")
+    assert remote.create("a", b"mine")
+    assert not remote.create("a", b"another's")
+
+
+def test_an_object_store_that_cannot_create_exclusively_is_refused(store):
+    with pytest.raises(OutputError, match="creating an object a second time did not fail as it must"):
+        open_store("careless://bucket/out").probe()
+    with pytest.raises(OutputError, match="Plain has no conditional put"):
+        open_store("plain://bucket/out").probe()
+    with pytest.raises(OutputError, match="cannot write to nosuch://x"):
+        open_store("nosuch://x")
+
+
+def test_a_place_that_cannot_be_written_is_refused_by_name(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OutputError, match=f"{tmp_path}/file/out"):
+        open_store(tmp_path / "file" / "out").probe()
