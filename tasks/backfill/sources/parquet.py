@@ -6,7 +6,6 @@ larger than chunks, the last decoded one is kept for the next chunk of the same 
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 else:
     from nograd.tasks.backfill.extra import np, pa, pq
 
-#: bytes of decoded row groups a reader keeps; a larger group is decoded in passing, again for each chunk in it
+#: bytes of a decoded row group a reader keeps; a larger one is decoded in passing, again for each chunk in it
 CACHE_BYTES = 256 << 20
 
 
@@ -101,14 +100,14 @@ def _open(file: InputFile) -> pq.ParquetFile:
 
 
 class ParquetReader(Reader):
-    """Reads row groups; keeps the last file open, and the groups decoded last."""
+    """Reads row groups; keeps the last file open, and the group decoded last."""
 
     def __init__(self, spec: SourceSpec, files: Files) -> None:
         super().__init__(spec, files)
         self._columns = own_columns(spec)
         self._own = pa.schema([self.schema.field(name) for name in self._columns])
         self._last: tuple[str, pq.ParquetFile] | None = None
-        self._groups: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
+        self._group: tuple[tuple[str, int], pa.Table] | None = None
 
     def read(self, file: InputFile, extent: Extent) -> Iterator[Piece]:
         """Decode what the extent touches."""
@@ -149,14 +148,10 @@ class ParquetReader(Reader):
 
     def _cached(self, file: InputFile, source: pq.ParquetFile, group: int) -> pa.Table:
         key = (file.url, group)
-        if key not in self._groups:
-            # Room first: never more than the budget, with the group that is being decoded.
-            held = sum(table.nbytes for table in self._groups.values())
-            while self._groups and held + self._size(source, group) > CACHE_BYTES:
-                held -= self._groups.popitem(last=False)[1].nbytes
-            self._groups[key] = source.read_row_group(group, columns=self._columns, use_threads=False)
-        self._groups.move_to_end(key)
-        return self._groups[key]
+        if self._group is None or self._group[0] != key:
+            self._group = None  # never two of them in memory
+            self._group = (key, source.read_row_group(group, columns=self._columns, use_threads=False))
+        return self._group[1]
 
     def _size(self, source: pq.ParquetFile, group: int) -> int:
         """Bytes of the columns of a group, encoded but not compressed."""

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-#: MiB the large input may take more than the small one; its rows take 32 MiB as Parquet's columns, 600 as objects
-ALLOWED_MIB = 60
+#: MiB the large input may take more than the small one
+ALLOWED_MIB = 40
 
 WORK = """
 import resource, sys
