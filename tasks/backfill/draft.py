@@ -57,6 +57,7 @@ def draft(
     parameters: Mapping[str, Any] | None = None,
     selection: Selection | None = None,
     duplicates: Literal["error", "keep"] = "error",
+    rows: npt.NDArray[np.int64] | None = None,
 ) -> Draft:
     """Make a plan; `plan.save` writes it down.
 
@@ -71,6 +72,7 @@ def draft(
         parameters: of the run that may change predictions.
         selection: which rows, all by default.
         duplicates: refuse ids that occur twice, or let them pass, counted.
+        rows: these rows, ascending, instead of a selection.
 
     Raises:
         SourceError: if ids occur twice and may not; the message names some.
@@ -86,9 +88,9 @@ def draft(
         if value < 1:
             raise BackfillError(f"{name} is {value}; it must be at least 1")
     repeated = _duplicates(survey, duplicates)
-    rows = survey.rows if chosen.limit is None else min(chosen.limit, survey.rows)
-    picked = _sample(rows, chosen)
-    extents = list(_extents(survey, rows, picked, rows_per_chunk))
+    most = survey.rows if chosen.limit is None else min(chosen.limit, survey.rows)
+    picked = _sample(most, chosen) if rows is None else rows
+    extents = list(_extents(survey, most, picked, rows_per_chunk))
     inputs, ranges = input_table(survey.files), range_table(extents)
     written = output or ("openai" if survey.spec.kind == "openai" else "parquet")
     if written == "openai" and survey.spec.kind != "openai":
@@ -106,7 +108,7 @@ def draft(
             sha256=table_sha256(inputs),
         ),
         selection=chosen,
-        rows=rows if picked is None else len(picked),
+        rows=most if picked is None else len(picked),
         chunks=extents[-1].chunk + 1 if extents else 1,
         rows_per_chunk=rows_per_chunk,
         batch_rows=batch_rows,

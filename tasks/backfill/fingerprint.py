@@ -6,7 +6,6 @@ nobody can explain. So it is refused, and says what to put back.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -147,12 +146,6 @@ def check(job: Job, *, model: ModelIdentity | None = None, parameters: Mapping[s
     if found:
         more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
         raise PlanChanged(f"{job.store.url} cannot be resumed: {'; '.join(found[:_NAMED])}{more}")
-
-
-def outside(out: str, urls: list[str]) -> bool:
-    """Whether an output folder stands apart from the inputs: its files would be inputs of the next run."""
-    own = os.path.join(out, "")  # noqa: PTH118 - URLs as well
-    return not any(own.startswith(os.path.join(url, "")) or url.startswith(own) for url in urls)  # noqa: PTH118
 
 
 def _short(text: str | None) -> str:

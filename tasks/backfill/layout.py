@@ -30,6 +30,8 @@ ERRORS: Final = "errors"
 MANIFEST: Final = "_MANIFEST.json"
 RECEIPT: Final = "_RECEIPT.json"
 SUCCESS: Final = "_SUCCESS"
+#: ``_retry/1/…`` and ``parts/retry-1-part-…``: see `retry`
+RETRY: Final = "retry"
 
 
 def commit_name(chunk: int) -> str:

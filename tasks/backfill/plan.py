@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from nograd.tasks.errors import BackfillError, PlanChanged
+from nograd.tasks.errors import BackfillError, OutputError, PlanChanged
 
 from . import layout
 from .store import Store
@@ -386,10 +386,11 @@ def save(store: Store, draft: Draft) -> Job:
 
     Raises:
         PlanChanged: if it has another one.
-        OutputError: if the folder cannot hold a backfill.
+        OutputError: if the folder cannot hold a backfill, or stands among the inputs.
     """
     planned = find(store)
     if planned is None:
+        _check_apart(store.url, draft.plan.source.urls)
         store.probe()
         for kind, table, sha in (
             ("inputs", draft.inputs, draft.plan.inputs.sha256),
@@ -404,6 +405,14 @@ def save(store: Store, draft: Draft) -> Job:
     if differences:
         raise PlanChanged(f"{store.url} holds another backfill: " + "; ".join(differences))
     return planned
+
+
+def _check_apart(out: str, inputs: Sequence[str]) -> None:
+    """Refuse an output whose files would be inputs of the next listing."""
+    for url in inputs:
+        folder = f"{url.rstrip('/')}/"
+        if f"{out}/".startswith(folder) or folder.startswith((f"{out}/{layout.PARTS}/", f"{out}/{layout.ERRORS}/")):
+            raise OutputError(f"{out} is among the inputs ({url}): what is written there would be read as input")
 
 
 def find(store: Store) -> Job | None:

@@ -23,6 +23,8 @@ from typing import BinaryIO, Protocol
 
 from nograd.tasks.errors import OutputError, OutputFull
 
+from .layout import STAGING
+
 #: errno of a storage that has no room for more
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -43,8 +45,8 @@ class Store(Protocol):
             OutputError: if none does; the message says what was tried and what came back.
         """
 
-    def stage(self, data: bytes) -> str:
-        """Write an object under a fresh name in ``_staging``, durably; return the name."""
+    def stage(self, data: bytes, folder: str = STAGING) -> str:
+        """Write an object under a fresh name in a folder nobody reads, durably; return the name."""
 
     def create(self, name: str, data: bytes) -> bool:
         """Make an object appear, whole and durable, unless the name is taken; whether it is ours that stands there."""

@@ -28,6 +28,8 @@ from .store import refusals
 _NO_LINK = frozenset({errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.EACCES})
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
+#: times a staged file may be swept away under its writer
+_SWEPT = 5
 
 
 class LocalStore:
@@ -57,9 +59,9 @@ class LocalStore:
             self.remove(name)
             self.remove(f"{name}-3")
 
-    def stage(self, data: bytes) -> str:
+    def stage(self, data: bytes, folder: str = STAGING) -> str:
         """Write and sync a file under a name nobody else has."""
-        name = f"{STAGING}/{uuid.uuid4().hex}"
+        name = f"{folder}/{uuid.uuid4().hex}"
         path = self.root / name
         with refusals(self.url, "write to"):
             self._make(path.parent)
@@ -78,15 +80,9 @@ class LocalStore:
             self._make(path.parent)
             if path.exists():
                 return False
-            staged = self.root / self.stage(data)
-            try:
-                self._take(staged, path)
-            except FileExistsError:
-                return False
-            finally:
-                staged.unlink(missing_ok=True)
+            won = self._create(path, data)
             _sync(path.parent)
-        return True
+        return won
 
     def settle(self, staged: str, name: str, size: int) -> None:
         """Take the name for a staged file; somebody else may be doing the same."""
@@ -138,6 +134,20 @@ class LocalStore:
         """Remove a file, if it is there."""
         with refusals(f"{self.url}/{name}", "remove"):
             (self.root / name).unlink(missing_ok=True)
+
+    def _create(self, path: Path, data: bytes) -> bool:
+        for _ in range(_SWEPT):
+            staged = self.root / self.stage(data)
+            try:
+                self._take(staged, path)
+            except FileExistsError:
+                return False
+            except FileNotFoundError:  # swept away by somebody who closed the output, or a part of it
+                continue
+            finally:
+                staged.unlink(missing_ok=True)
+            return True
+        raise OutputError(f"{path} cannot be created: what is staged for it is removed again and again")
 
     def _make(self, folder: Path) -> None:
         """Make a folder, once; a name in it is durable only if the folder's own is."""

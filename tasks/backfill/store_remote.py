@@ -56,9 +56,9 @@ class RemoteStore:
                 self.remove(f"{name}-3")
         return "put"
 
-    def stage(self, data: bytes) -> str:
+    def stage(self, data: bytes, folder: str = STAGING) -> str:
         """Put an object under a name nobody else has."""
-        name = f"{STAGING}/{uuid.uuid4().hex}"
+        name = f"{folder}/{uuid.uuid4().hex}"
         with refusals(self.url, "write to"):
             self._put(name, data)
         return name

@@ -132,7 +132,7 @@ class _Checker:
         named = {file.name for record in self.records for file in (record.part, record.errors) if file is not None}
         for folder in (layout.PARTS, layout.ERRORS):
             for name in store.names(folder):
-                if f"{folder}/{name}" not in named:
+                if f"{folder}/{name}" not in named and not name.startswith(f"{layout.RETRY}-"):  # checked as a retry
                     self.problems.append(f"{folder}/{name} belongs to no commit")
         for chunk in commit.committed_chunks(store):
             if chunk >= plan.chunks:

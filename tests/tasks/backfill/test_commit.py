@@ -250,3 +250,19 @@ def test_records_come_in_the_order_of_the_chunks(store):
         commit_as(store, PLAN, f"w{chunk}", chunk=chunk)
     assert [record.chunk for record in records(store, PLAN)] == [0, 1, 2]
     assert [record.chunk for record in records(store, PLAN, known={0, 1})] == [2]
+
+
+def test_what_is_swept_away_under_its_writer_is_written_again(store, monkeypatch):
+    """Somebody closes one backfill of the folder while another, a retry, writes a record."""
+    take, swept = type(store)._take, []
+
+    def swept_first(self, staged, path):
+        if not swept:
+            swept.append(sweep(store))
+        return take(self, staged, path)
+
+    monkeypatch.setattr(type(store), "_take", swept_first)
+    assert store.create("_commits/x", b"record")
+    assert swept == [1]
+    assert store.read("_commits/x") == b"record"
+    assert store.names("_staging") == []

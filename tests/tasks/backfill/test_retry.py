@@ -1,0 +1,114 @@
+"""Failed rows are listed, grouped and run again; what was committed stays, and each row is in the dataset once."""
+
+import json
+
+import pyarrow.dataset
+import pyarrow.parquet as pq
+import pytest
+
+from nograd.tasks.backfill import plan as plans
+from nograd.tasks.backfill.commit import committed_chunks, records
+from nograd.tasks.backfill.finalize import finalize
+from nograd.tasks.backfill.plan import ModelIdentity
+from nograd.tasks.backfill.retry import clusters, draft_retry, failures, remaining, retries
+from nograd.tasks.backfill.verify import verify
+from nograd.tasks.errors import BackfillError, OutputFull, PlanChanged
+from scoring import planned, run
+
+
+def failing(*bad):
+    """A model that answers some rows with what does not fit."""
+
+    def score(batch):
+        return ["no" if value in bad else 2.0 * value for value in batch.column("x").to_pylist()]
+
+    return score
+
+
+@pytest.fixture
+def job(tmp_path):
+    lines = [f"id{i},{i}" for i in range(1000)]
+    lines[500] = "id500,text"
+    (tmp_path / "in.csv").write_text("k,x\n" + "\n".join(lines) + "\n")
+    made = planned(tmp_path / "in.csv", tmp_path / "out", id="k", columns=["x"])
+    finalize(run(made, failing(3, 4, 5, 777)))
+    return made
+
+
+def ids(job):
+    return sorted(pyarrow.dataset.dataset(f"{job.store.url}/parts").to_table()["k"].to_pylist())
+
+
+def test_failures_come_in_input_order_and_group_by_what_they_say(job):
+    assert [failure.row for failure in failures(job)] == [3, 4, 5, 500, 777]
+    first, second = clusters(failures(job))
+    assert (first.count, first.stage, first.examples) == (4, "output", [3, 4, 5])
+    assert (second.count, second.stage, second.message) == (1, "read", "column 'x': 'text' is no int64")
+
+
+def test_a_retry_adds_the_rows_that_succeed_now_and_touches_no_other(job):
+    before = {name: job.store.read(f"parts/{name}") for name in job.store.names("parts")}
+    again = plans.save(*draft_retry(job, rows_per_chunk=2, model=ModelIdentity(name="mended")))
+    assert (again.plan.rows, again.plan.model.name) == (5, "mended")
+    run(again, failing(4), chunks=[0])
+    assert list(remaining(job)) == [4, 5, 500, 777]
+    finalize(run(again, failing(4)))
+    assert list(remaining(job)) == [4, 500]
+    assert ids(job) == sorted(f"id{i}" for i in range(1000) if i not in {4, 500})
+    assert {name: job.store.read(f"parts/{name}") for name in before} == before
+    for each in (job, again, *retries(job.store)):
+        report = verify(each)
+        assert report.problems == []
+        assert report.rows_ok + report.rows_err == each.plan.rows
+    third = plans.save(*draft_retry(job, rows_per_chunk=10, which=lambda failure: failure.stage == "output"))
+    assert third.plan.rows == 1
+    finalize(run(third))
+    assert list(remaining(job)) == [500]
+    assert ids(job) == sorted(f"id{i}" for i in range(1000) if i != 500)
+    assert pq.read_table(f"{job.store.url}/parts").num_rows == 999
+    assert verify(job).problems == []
+
+
+def test_one_retry_at_a_time_and_none_without_need(job, tmp_path):
+    again = plans.save(*draft_retry(job, rows_per_chunk=2))
+    with pytest.raises(BackfillError, match="retry-1 is not finished: resume it first"):
+        draft_retry(job, rows_per_chunk=2)
+    run(again)
+    with pytest.raises(BackfillError, match="no failed row to run again"):
+        draft_retry(job, rows_per_chunk=2, which=lambda failure: failure.row == 3)
+    with (tmp_path / "in.csv").open("a") as file:
+        file.write("new,1\n")
+    with pytest.raises(PlanChanged, match=r"the inputs of .* changed"):
+        draft_retry(job, rows_per_chunk=2)
+
+
+def test_openai_lines_and_images_can_be_run_again(tmp_path):
+    lines = [json.dumps({"custom_id": f"r{i}", "body": {"x": i}}) for i in range(10)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    (tmp_path / "images").mkdir()
+    for i in range(10):
+        (tmp_path / "images" / f"{i}.png").write_bytes(b"x")
+    for source in ("in.jsonl", "images"):
+        made = planned(tmp_path / source, tmp_path / f"out-{source}")
+        run(made, lambda batch: ["no" if i % 4 == 0 else 1.0 for i in range(batch.num_rows)])
+        rows = list(remaining(made))
+        assert rows == [0, 4, 8]
+        again = run(plans.save(*draft_retry(made, rows_per_chunk=2)), lambda batch: [1.0] * batch.num_rows)
+        assert list(remaining(made)) == []
+        finalize(made)
+        finalize(again)
+        assert verify(again).problems == []
+        assert again.plan.chunks == 2
+
+
+def test_closing_the_backfill_again_harms_no_retry_that_was_cut_off_behind_its_decision(job, monkeypatch):
+    again = plans.save(*draft_retry(job, rows_per_chunk=10))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(job.store), "settle", lambda *_: (_ for _ in ()).throw(OutputFull("cut off")))
+        with pytest.raises(OutputFull):
+            run(again, worker="cut off")
+    assert committed_chunks(again.store) == [0]
+    finalize(job)
+    finalize(run(again, worker="late"))
+    assert verify(again).problems == []
+    assert [record.worker for record in records(again.store, again.plan)] == ["cut off"]
