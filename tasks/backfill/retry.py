@@ -168,9 +168,9 @@ def clusters(found: Iterable[RowFailure]) -> list[Cluster]:
             rows.append(failure.row)
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     found_ones = []
-    for key, count in ordered:
-        message, rows = firsts[key]
-        found_ones.append(Cluster(key[0], key[1], message, count, rows))
+    for alike, count in ordered:
+        message, rows = firsts[alike]
+        found_ones.append(Cluster(alike[0], alike[1], message, count, rows))
     return found_ones
 
 
