@@ -12,7 +12,7 @@ import redis
 from celery import states
 from kombu.exceptions import BatchPublishError, OperationalError
 
-from nograd.tasks import registry
+from nograd.tasks import cancelled, registry
 from nograd.tasks.errors import BrokerUnavailable, InvalidInput, JobError
 from nograd.tasks.keys import INTERACTIVE, PREDICT_TASK, queue_name
 from nograd.tasks.payloads import describe
@@ -170,7 +170,7 @@ class Broker:
                 self.app.backend.client.delete(*map(self.app.backend.get_key_for_task, job_ids))
 
     def revoke(self, job_ids: Sequence[str]) -> None:
-        """Tell all workers that are up not to run these jobs; those on a device end as they would.
+        """Tell all workers not to run these jobs, also those that start later; those on a device end as they would.
 
         Raises:
             BrokerUnavailable: if Redis does not answer.
@@ -179,6 +179,8 @@ class Broker:
             self._ping()
             with self.errors():
                 self.app.control.revoke(list(job_ids))
+                with contextlib.suppress(redis.ResponseError):  # a Redis that is full; those that are up have heard
+                    cancelled.remember(self.app.backend.client, job_ids)
 
     def cards(self) -> dict[str, registry.ModelCard]:
         """The models workers have registered.

@@ -17,6 +17,18 @@ MODELS_TTL_S: Final = 7 * 24 * 3600
 #: seconds between two renewals by a worker: after a FLUSHALL its models are unknown for so long
 MODELS_RENEW_S: Final = 30
 
+#: hash per kind of device (behind this), model and group of a batch → how many inputs fit into its memory, as JSON
+SAFE_SIZES: Final = "nograd:safe-sizes:"
+#: seconds a size is believed after it was learnt, and the hash is kept after the last one was
+SAFE_SIZE_TTL_S: Final = 3600
+
+#: zset, id of a cancelled job → when it was cancelled, seconds since the epoch
+CANCELLED: Final = "nograd:cancelled"
+#: seconds a cancelled id is remembered for workers that start later
+CANCELLED_TTL_S: Final = 24 * 3600
+#: ids remembered, the latest: as many as Celery's workers keep
+CANCELLED_MOST: Final = 50_000
+
 #: string, behind this a task id → why the last worker that ran the job ended
 LAST_WORDS: Final = "nograd:last-words:"
 #: seconds it is kept; the job is given up within minutes, or runs

@@ -4,7 +4,8 @@ Laws:
 
 * A model returns exactly one output for each input, or its whole batch fails loudly.
 * A forward that raises is split and run again until the culprit stands alone: one bad item never costs its neighbours.
-* A forward that runs out of memory is split as well, and nothing larger than what then fits is tried again.
+* A forward that runs out of memory is split as well, and nothing larger than what then fits is tried again; unless one
+  input is found that does not fit alone: then it was its fault, and nothing is said of the others.
 * Whatever is raised, also what is no `Exception`, becomes the outcome of an item; except `DeviceLost`, after which
   nothing can be run in this process.
 """
@@ -82,7 +83,7 @@ def run_isolated(
             continue
         if result.out_of_memory:
             _free_memory()
-            fits = max(1, len(piece) // 2)
+            fits = len(piece) // 2 or None
         if result.splits and len(piece) > 1:
             middle = len(piece) // 2
             pieces += [piece[middle:], piece[:middle]]

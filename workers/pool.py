@@ -28,8 +28,9 @@ from celery import states
 from celery.app.task import Context
 from celery.concurrency.base import BasePool
 from celery.worker import state
+from celery.worker.state import revoked
 
-from nograd.tasks import registry, transport
+from nograd.tasks import cancelled, registry, transport
 from nograd.tasks.errors import ConfigError, JobError, WorkerDied
 from nograd.tasks.keys import MODELS_RENEW_S, PREDICT_TASK, queue_name
 from nograd.tasks.modelfile import ModelFile, load_model_file
@@ -44,6 +45,7 @@ from .intake import Intake
 from .message import Message
 from .prepare import Preparer
 from .resources import Resources
+from .safe_sizes import SafeSizes, kind_of
 from .settle import Settler
 from .store import ResultStore
 from .trace import Callbacks, TraceArgs, trace
@@ -89,6 +91,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self.intake: Intake | None = None
         self._threads: dict[str, int] = {}
         self.watchdog: Watchdog | None = None
+        self.sizes: SafeSizes | None = None
         size = min(TASK_THREADS, max(1, self.limit or 1))
         self._tasks: Crew[Task] = Crew("nograd-task", size, _run_each)
         self._withdrawn: Crew[Handle] = Crew("nograd-withdraw", 1, _withdraw_each)
@@ -102,7 +105,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             resources = Resources.from_env()
             device.configure(resources)
             file = _model_file()
-            hooks = Hooks(self._withdrawn.submit, _mark_suspects, on_lost=self._on_device_lost)
+            hooks = Hooks(self._withdrawn.submit, _mark_suspects, self._on_fits, self._on_device_lost)
             self.engine = engine = Engine(file, self._names(file), hooks)
             self.engine.start()
         except ConfigError as err:
@@ -131,9 +134,12 @@ class TaskPool(BasePool):  # type: ignore[misc]
             engine.expire,
             self._on_hung,
         )
+        self.sizes = SafeSizes(self.app.backend.client, kind_of(engine.device), engine.models.keys, engine.queue.cap)
         self._threads = {"prepare": resources.threads, **device.threads()}
         for crew in (self.settler, self.preparer, self._tasks, self._withdrawn):
             crew.start()
+        self.sizes.start()
+        self._recall_cancelled()
         self.watchdog.start()
         transport.watch(self._makes_progress)
         self._warn_of_small_batches()
@@ -171,6 +177,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
         if self.settler is not None and not self.settler.finish(STORE_S):
             logger.error("results could not be stored within %d s; their jobs are delivered again", STORE_S)
         transport.flush()
+        if self.sizes is not None:
+            self.sizes.finish()
         if self.watchdog is not None:  # last: what hangs in a shutdown ends as well
             self.watchdog.finish()
 
@@ -225,6 +233,10 @@ class TaskPool(BasePool):  # type: ignore[misc]
             return True
         return self.engine.alive and self.watchdog.alive
 
+    def _on_fits(self, model: str, group: Any, max_items: int) -> None:
+        if self.sizes is not None:
+            self.sizes.learn(model, group, max_items)
+
     def _on_device_lost(self, why: str, jobs: Sequence[Message]) -> None:
         self._die(EXIT_DEVICE, f"the device is lost: {why}", jobs)
 
@@ -241,6 +253,14 @@ class TaskPool(BasePool):  # type: ignore[misc]
         last_words.die(code, why, jobs, settle, self.app.backend.client)
 
     # -- what others may know ----------------------------------------------------------------------------------------
+
+    def _recall_cancelled(self) -> None:
+        """Hear of the jobs that were cancelled while this worker was not up."""
+        try:
+            for task_id in cancelled.recall(self.app.backend.client):
+                revoked.add(task_id)
+        except Exception as err:  # noqa: BLE001 - no Redis backend, or any trouble with it; jobs do not depend on it
+            logger.warning("jobs that were cancelled before this worker was up may run: %s", err)
 
     def _names(self, file: ModelFile) -> list[str]:
         """The models whose queues this worker consumes (``-Q`` narrows them)."""

@@ -109,7 +109,19 @@ def test_an_input_that_does_not_fit_alone_is_to_be_tried_later(error):
     outcomes, _, fits = run(short_of_memory(0, error), [1])
     assert type(outcomes[0].error) is Overloaded
     assert outcomes[0].error.retryable
-    assert fits == 1
+    assert fits is None  # there is nothing to learn from it
+
+
+def test_one_input_that_is_too_large_does_not_make_the_batches_of_the_others_small():
+    def body(batch):
+        if 3 in batch:
+            raise MemoryError
+        return batch
+
+    outcomes, model, fits = run(body, range(16))
+    assert [type(outcome.error) for outcome in outcomes] == [type(None)] * 3 + [Overloaded] + [type(None)] * 12
+    assert fits is None
+    assert model.sizes == [16, 8, 4, 2, 2, 1, 1, 4, 8]
 
 
 def test_what_cudnn_does_not_support_on_a_single_input_is_no_matter_of_memory():

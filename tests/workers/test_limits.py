@@ -25,6 +25,12 @@ class = "fleet_of_tests:Slow"
 batch = { max_items = 4 }
 hard_timeout_s = 30
 
+[hungry]
+loader = "python"
+class = "fleet_of_tests:Hungry"
+init = { fits = 5 }
+batch = { max_items = 16 }
+
 [log]
 loader = "python"
 class = "fleet_of_tests:Log"
@@ -54,6 +60,13 @@ def doomed(start_worker, models):
         return start_worker(models, "-Q", ",".join(map(keys.queue_name, names)), env={"NOGRAD_LEASE_S": "3"})
 
     return start
+
+
+def until(condition):
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 # -- processes that cannot go on --------------------------------------------------------------------------------------
@@ -182,3 +195,37 @@ def test_a_prediction_with_nan_or_infinity_fails_in_its_place(client, worker):
     assert [type(each) for each in client.map("log", [-1.0] * 3, return_exceptions=True)] == [
         errors.NonFiniteOutput
     ] * 3
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_fits_into_memory_is_learnt_once_by_the_whole_fleet(client, start_worker, models):
+    learns = "4 inputs of group (None, b'') fit into memory, more do not"
+    first = start_worker(models, "-Q", "nograd.hungry")
+    assert list(client.map("hungry", range(16), batch=16)) == [4] * 16
+    until(lambda: first.text().count(learns) == 1)
+    assert list(client.map("hungry", range(16), batch=16)) == [4] * 16
+    redis = client.app.backend.client
+    (key,) = redis.keys(keys.SAFE_SIZES + "*")
+    assert 0 < redis.ttl(key) <= keys.SAFE_SIZE_TTL_S
+    first.stop()
+    assert first.text().count(learns) == 1
+    second = start_worker(models, "-Q", "nograd.hungry")
+    assert list(client.map("hungry", range(16), batch=16)) == [4] * 16
+    second.stop()
+    assert learns not in second.text()
+
+
+# -- cancelled while nobody is up -------------------------------------------------------------------------------------
+
+
+def test_a_job_that_is_cancelled_while_no_worker_is_up_never_runs(client, start_worker, models):
+    cancelled, kept = client.submit("hungry", 1), client.submit("hungry", 1)
+    cancelled.cancel()
+    worker = start_worker(models, "-Q", "nograd.hungry")
+    with pytest.raises(errors.JobCancelled):
+        cancelled.result(TIMEOUT)
+    assert kept.result(TIMEOUT) == 1
+    assert client.app.backend.client.ttl(keys.CANCELLED) > 3600
+    worker.stop()
