@@ -33,7 +33,7 @@ def test_bulk_jobs_stand_in_a_list_of_their_own_behind_the_others_and_are_counte
     with pytest.raises(ResultTimeout):
         next(predictions)
     assert [args[1] for _, args, _ in messages(redis, "nograd.echo")] == [1]
-    behind = f"nograd.echo{PRIORITY_SUFFIXES[-1]}"
+    behind = f"nograd.echo{PRIORITY_SUFFIXES[-2]}"
     assert [args[1] for _, args, _ in messages(redis, behind)] == [2, 3, 4, [5], [6], [7]]
     properties = json.loads(redis.lindex(behind, 0))["properties"]
     assert properties["priority"] == BULK

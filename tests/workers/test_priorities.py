@@ -14,7 +14,7 @@ from nograd.tasks.keys import BULK, INTERACTIVE
 
 TIMEOUT = 120
 BATCH = 8
-BULK_LIST = PRIORITY_SUFFIXES[-1]
+BULK_LIST = PRIORITY_SUFFIXES[-2]
 
 
 @pytest.fixture
