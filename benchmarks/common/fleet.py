@@ -57,15 +57,17 @@ class Worker:
 
 
 @contextlib.contextmanager
-def workers(count: int, folder: Path, *args: str, **options: object) -> Iterator[list[Worker]]:
-    """That many workers, ready; stopped at the end."""
+def workers(
+    count: int, folder: Path, *args: str, until_ready: bool = True, **options: object
+) -> Iterator[list[Worker]]:
+    """That many workers, ready unless their log does not tell; stopped at the end."""
     stamp = time.monotonic_ns()
     started: list[Worker] = []
     try:
         for number in range(count):  # one by one, so that those before a failure are stopped, too
             worker = Worker(folder / f"w{stamp}-{number}.log", *args, **options)  # type: ignore[arg-type]
             started.append(worker)
-        for worker in started:
+        for worker in started if until_ready else ():
             worker.wait_until_ready()
         yield started
     finally:
