@@ -9,7 +9,7 @@ packed     the same, 64 rows a message
 resnet     ResNet18 on the CPU, JPEGs decoded in the worker: the pool against decode + transform + forward in a loop
 accelerator a SIMULATED device (a forward sleeps 5 ms + 0.5 ms an item), batches of 64, 16 rows a message: how busy
 latency    the same device under a saturating backfill: submit → result of single interactive jobs, loaded and idle
-events     the drain rate of ``mlp`` with task events on and off
+events     the drain rate of ``mlp`` with task events and timings of jobs on and off
 ========== ============================================================================================================
 """
 
@@ -332,7 +332,8 @@ def events(bench: Bench) -> None:
         for name in sorted(apps, reverse=bool(number % 2)):
             drained[name].append(pooled(bench, app=apps[name]))
     rates = {
-        name: bench.rates("events", f"the pool, task events {name}: rows", found) for name, found in drained.items()
+        name: bench.rates("events", f"the pool, task events and timings {name}: rows", found)
+        for name, found in drained.items()
     }
     bench.ratio("events", "on / off", rates["on"], rates["off"], target=(">=", 0.8))
 

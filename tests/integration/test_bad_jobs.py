@@ -69,14 +69,18 @@ def wait_for_all(client, ids, seconds):
 
 @pytest.mark.parametrize(
     ("good", "bad_of_each_kind"),
-    [(388, 1), pytest.param(9900, 8, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])],
+    [
+        # Nine deaths and restarts; each loads torch anew, which takes long on a machine that is busy.
+        pytest.param(388, 1, marks=pytest.mark.timeout(420)),
+        pytest.param(9900, 8, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+    ],
 )
 def test_every_job_ends_as_it_deserves_and_the_fleet_lives_on(fleet, good, bad_of_each_kind):
     client, launcher = fleet
     jobs = [*range(good), *(kind for kind in gauntlet.BAD for _ in range(bad_of_each_kind))]
     random.Random(7).shuffle(jobs)
     ids = send(client, [gauntlet.BAD.get(job, job) for job in jobs])
-    outcomes = wait_for_all(client, ids, 170 if good < 1000 else 1700)
+    outcomes = wait_for_all(client, ids, 300 if good < 1000 else 1600)
     wrong = []
     for job, outcome in zip(jobs, outcomes, strict=True):
         expected = gauntlet.ERRORS.get(job)
