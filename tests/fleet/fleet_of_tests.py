@@ -86,6 +86,8 @@ class Killer:
         for value in batch:
             if value == "exit":
                 os._exit(7)
+            if value == "hang":
+                time.sleep(1000)
             if value == "segfault":
                 ctypes.string_at(0)  # this very thread, at once; a signal would be taken by any
         return batch

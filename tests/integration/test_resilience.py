@@ -22,6 +22,7 @@ MODELS = """
 loader = "python"
 class = "fleet_of_tests:Killer"
 batch = { max_items = 16 }
+hard_timeout_s = 5
 
 [slow]
 loader = "python"
@@ -76,15 +77,23 @@ def nograd(*args, redis):
 
 
 @pytest.mark.parametrize(
-    "how", [pytest.param("exit", marks=_slow), "segfault", pytest.param("crash in prepare", marks=_slow)]
+    ("how", "says"),
+    [
+        pytest.param("exit", "", marks=_slow),
+        ("segfault", ""),
+        pytest.param("crash in prepare", "", marks=_slow),
+        pytest.param(
+            "hang", r" \(the last one: the forward of model killer took longer than hard_timeout_s = 5 s\)", marks=_slow
+        ),
+    ],
 )
 def test_a_job_that_kills_workers_ends_in_the_dead_list_and_its_neighbours_succeed(
-    redis, models, launch, short_lease, how
+    redis, models, launch, short_lease, how, says
 ):
     with Client(redis.url, models=models) as client:
         jobs = client.submit_many("killer", [*range(20), how, *range(20, 40)])
         launch()
-        with pytest.raises(WorkerDied, match="3 workers died"):
+        with pytest.raises(WorkerDied, match=f"3 workers died over this job{says};"):
             jobs[20].result(150)
         assert jobs[20].timings().deaths == 3
         assert [job.result(60) for n, job in enumerate(jobs) if n != 20] == list(range(40))
