@@ -4,7 +4,7 @@ Laws:
 
 * ``CUDA_VISIBLE_DEVICES`` is in a worker's environment before its interpreter starts, so before torch is imported.
 * Every worker has a node name of its own: Celery and Flower merge workers that share one.
-* A worker that ends by itself (`exits` says with which codes) is started again, after a pause that doubles while it keeps
+* A worker that ends by itself (`exits` has its codes) is started again, after a pause that doubles while it keeps
   dying. One that refuses its configuration (exit code 2) is not: starting it again cannot help, and the whole launch
   ends with 2.
 * The workers share the cores of the machine among them (`nograd.workers.resources`).
