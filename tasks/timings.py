@@ -17,7 +17,7 @@ import msgspec
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Seconds of each stage of one job, and where it ran. Zeros and None are left out where it is stored.
+    """Seconds of each stage of one job, and where it ran. What is zero or None is mostly left out where it is stored.
 
     Attributes:
         queue_s: from sending until the worker's pool took it, a countdown and earlier deliveries included. It compares

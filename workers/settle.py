@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from celery.app import trace as celery_trace
 from celery.utils.saferepr import saferepr
@@ -41,10 +41,11 @@ MOST_AT_ONCE = 256
 TRACE_THREADS = 3
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Success:
     message: Message
-    outcome: Outcome
+    value: Any
+    timings: dict[str, Any]
     stored: tuple[str, str] | None
 
 
@@ -86,30 +87,32 @@ class Settler:
         for message, given in taken:
             if not message.claim():
                 continue
-            outcome = self._timed(message, self._outcome(message) if given is None else given)
-            success = self._encode(message, outcome)
+            outcome = self._outcome(message) if given is None else given
+            timings = self._take_time(message)
+            success = self._encode(message, outcome, timings)
             if success is None:
-                self._tracers.submit((message, outcome))
+                self._tracers.submit((message, Outcome(outcome.value, outcome.error, timings)))
             else:
                 fast.append(success)
         if fast:
             self._put(fast)
 
-    def _timed(self, message: Message, outcome: Outcome) -> Outcome:
-        """The outcome with its timings: on both paths the result is stored with them, and the last event has them."""
+    def _take_time(self, message: Message) -> dict[str, Any]:
+        """Its timings: on both paths the result is stored with them, and the last event has them."""
         timings = message.timings(self.node)
-        if message.celery.request is not None:
-            message.celery.request.timings = timings
-        return Outcome(outcome.value, outcome.error, timings)
+        request = message.celery.request
+        if request is not None:
+            request.timings = timings
+        return timings
 
-    def _encode(self, message: Message, outcome: Outcome) -> _Success | None:
+    def _encode(self, message: Message, outcome: Outcome, timings: dict[str, Any]) -> _Success | None:
         """What to store on the fast path; None if the message must go the complete way."""
         if outcome.error is not None or not self._store.plain(message.request_dict, message.embed):
             return None
         args, kwargs, _ = message.body
         try:
-            stored = self._store.encode(message.request_dict, args, kwargs, outcome.value, outcome.timings)
-            return _Success(message, outcome, stored)
+            stored = self._store.encode(message.request_dict, args, kwargs, outcome.value, timings)
+            return _Success(message, outcome.value, timings, stored)
         except Exception:  # noqa: BLE001 - whatever a result does to a serializer; the complete path stores a failure
             return None
 
@@ -119,7 +122,7 @@ class Settler:
         except Exception as err:  # noqa: BLE001 - claimed messages must not be left without their end
             logger.warning("%d results could not be stored at once (%s); storing them one by one", len(fast), err)
             for success in fast:
-                self._tracers.submit((success.message, success.outcome))
+                self._tracers.submit((success.message, Outcome(success.value, timings=success.timings)))
             return
         for success in fast:
             self._tell(success)
@@ -128,7 +131,7 @@ class Settler:
         """What Celery does after a success is stored: log, acknowledge, tell Flower."""
         message = success.message
         runtime = time.monotonic() - message.started
-        represented = saferepr(success.outcome.value, self._maxsize)
+        represented = saferepr(success.value, self._maxsize)
         try:
             if celery_trace.logger.isEnabledFor(logging.INFO):
                 celery_trace.info(celery_trace.LOG_SUCCESS, message.log_context(represented, runtime))

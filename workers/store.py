@@ -48,7 +48,7 @@ class ResultStore:
         return not any((embed or {}).get(key) or request.get(key) for key in _EVENTFUL)
 
     def encode(
-        self, request: dict[str, Any], args: Any, kwargs: Any, value: Any, timings: dict[str, Any] | None
+        self, request: dict[str, Any], args: Any, kwargs: Any, value: Any, timings: dict[str, Any]
     ) -> tuple[str, str] | None:
         """Key and encoded metadata of a success; None if nothing is to be stored (``ignore_result``).
 

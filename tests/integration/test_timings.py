@@ -6,6 +6,7 @@ import time
 
 import pytest
 from celery import Celery
+from celery.app.task import Context
 from celery.events.state import State
 from click.testing import CliRunner
 
@@ -13,6 +14,7 @@ import fleet_of_tests
 from nograd.producer import Client
 from nograd.producer.cli.root import cli
 from nograd.tasks import PREDICT_TASK, errors, registry
+from nograd.tasks.backend import RedisBackend
 from nograd.tasks.timings import read_timings
 
 TIMEOUT = 60
@@ -195,3 +197,14 @@ def test_the_command_line_shows_them(client, redis_url, models):
     assert json.loads(failed.stdout)["timings"]["batches"] == 1
     listed = json.loads(run(redis_url, "models", "--json").stdout)["models"]
     assert timings.model_version in {card["version"] for card in listed}
+
+
+def test_an_app_of_somebody_else_s_takes_the_backend_by_its_name(redis_url):
+    app = Celery("theirs", backend=f"nograd.tasks.backend:RedisBackend+{redis_url}", set_as_current=False)
+    assert type(app.backend) is RedisBackend
+    app.backend.store_result("one", 1, "SUCCESS", request=Context(id="one", timings={"batches": 1}))
+    app.backend.store_result("two", 2, "SUCCESS", request=Context(id="two"))
+    assert app.AsyncResult("one").get(timeout=TIMEOUT) == 1
+    assert app.backend.get_task_meta("one")["timings"] == {"batches": 1}
+    assert "timings" not in app.backend.get_task_meta("two")
+    app.close()

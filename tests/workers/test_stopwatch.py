@@ -58,3 +58,8 @@ def test_stored_timings_of_another_version_are_none(stored):
 
 def test_fields_a_later_version_adds_are_skipped():
     assert read_timings({"device_s": 1.5, "colour": "red"}) == Timings(device_s=1.5)
+
+
+@pytest.mark.parametrize("retries", [None, "two", [], {}])
+def test_retries_that_are_no_number_make_no_trouble(retries):
+    assert read(Stopwatch(time.monotonic()), retries=retries).retries == 0
