@@ -20,7 +20,7 @@ from nograd.tasks.errors import BackfillError
 
 from .commit import Part
 from .plan import Plan
-from .rows import RowFailure, Slice
+from .rows import RowFailure, Slice, fits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -160,14 +160,14 @@ class PartWriter:
                 if _lossless(own.type, self._kind):
                     return own.cast(self._kind), {}
                 predictions = own.to_pylist()
-            elif all(_fits(value, self._kind) for value in predictions):
+            elif all(fits(value, self._kind) for value in predictions):
                 return pa.array(predictions, self._kind), {}
         except _MISFIT:
             predictions = predictions.tolist() if hasattr(predictions, "tolist") else list(predictions)
         fitting, misfits = [], {}
         for index, value in enumerate(predictions):
             try:
-                if not _fits(value, self._kind):
+                if not fits(value, self._kind):
                     raise TypeError
                 fitting.append(pa.array([value], self._kind))
             except _MISFIT:
@@ -248,31 +248,6 @@ def _lossless(own: pa.DataType, declared: pa.DataType) -> bool:
     if pa.types.is_integer(own):  # a safe cast: what does not fit raises
         return bool(pa.types.is_integer(declared) or pa.types.is_floating(declared))
     return bool(pa.types.is_floating(own) and pa.types.is_floating(declared) and own.bit_width <= declared.bit_width)
-
-
-def _fits(value: Any, kind: pa.DataType) -> bool:
-    """Whether Arrow would keep all of a plain value: it drops keys it does not know, and turns truth into numbers."""
-    if value is None:
-        return True
-    if isinstance(value, dict):
-        if not pa.types.is_struct(kind):
-            return False
-        types = {field.name: field.type for field in kind}
-        return set(value) <= set(types) and all(_fits(item, types[key]) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return bool(pa.types.is_list(kind)) and all(_fits(item, kind.value_type) for item in value)
-    for plain, holds in _PLAIN:
-        if isinstance(value, plain):
-            return any(getattr(pa.types, name)(kind) for name in holds)
-    return True
-
-
-#: plain values and the kinds of type that keep them as they are; bool first, for it is an int, too
-_PLAIN: tuple[tuple[type, tuple[str, ...]], ...] = (
-    (bool, ("is_boolean",)),
-    (int, ("is_integer", "is_floating")),
-    (float, ("is_floating",)),
-)
 
 
 def _jsonl(table: pa.Table) -> bytes:

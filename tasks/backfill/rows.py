@@ -64,3 +64,29 @@ class Slice:
     def good_indices(self) -> list[int]:
         """Where in the batch the rows stand that were read."""
         return [index for index in range(len(self)) if index not in self.failures]
+
+
+def fits(value: Any, kind: pa.DataType) -> bool:
+    """Whether Arrow would keep all of a plain value: it drops keys it does not know, and turns truth into numbers."""
+    if value is None:
+        return True
+    if isinstance(value, dict):
+        if not pa.types.is_struct(kind):
+            return False
+        types = {field.name: field.type for field in kind}
+        return set(value) <= set(types) and all(fits(item, types[key]) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return bool(pa.types.is_list(kind)) and all(fits(item, kind.value_type) for item in value)
+    for plain, holds in _PLAIN:
+        if isinstance(value, plain):
+            return any(getattr(pa.types, name)(kind) for name in holds)
+    return True
+
+
+#: plain values and the kinds of type that keep them as they are; bool first, for it is an int, too
+_PLAIN: tuple[tuple[type, tuple[str, ...]], ...] = (
+    (bool, ("is_boolean",)),
+    (int, ("is_integer", "is_floating")),
+    (float, ("is_floating",)),
+    (str, ("is_string", "is_large_string")),
+)

@@ -19,7 +19,7 @@ from nograd.tasks.errors import SourceError
 from .base import ROW, Files, Piece, Request, Survey, choose_columns, number_files, open_file, schema_of
 from .listing import Found
 from .records import Block, Quoting, blocks
-from .text import TextReader, as_input, rows_to_batch, scan, start_of
+from .text import TextReader, as_input, scan, short, start_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +31,7 @@ else:
 
 _INT = r"^[ \t]*[+-]?[0-9]{1,18}[ \t]*$"
 _SAME_INT = r"^(0|-?[1-9][0-9]{0,17})$"
+_LONG_INT = r"^[ \t]*[+-]?[0-9]{16,}[ \t]*$"
 _FLOAT = r"^[ \t]*[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?[ \t]*$|(?i)^[ \t]*[+-]?(nan|inf|infinity)[ \t]*$"
 _BOOL = r"^(?i)(true|false)$"
 #: what stands for no value in a column of numbers
@@ -44,6 +45,7 @@ class _Votes:
     values: int = 0
     ints: int = 0
     same_ints: int = 0
+    long_ints: int = 0
     floats: int = 0
     bools: int = 0
 
@@ -51,6 +53,7 @@ class _Votes:
         self.values += len(column) - column.null_count - _count(column, _BLANK)
         self.ints += _count(column, _INT)
         self.same_ints += _count(column, _SAME_INT)
+        self.long_ints += _count(column, _LONG_INT)
         self.floats += _count(column, _FLOAT)
         self.bools += _count(column, _BOOL)
 
@@ -58,8 +61,8 @@ class _Votes:
         """The type every value has."""
         if self.values and self.values == self.same_ints:
             return pa.int64()
-        if self.values and self.values == self.floats and self.ints == self.same_ints:
-            return pa.float64()
+        if self.values and self.values == self.floats and self.ints == self.same_ints and not self.long_ints:
+            return pa.float64()  # which holds whole numbers of 15 digits, and no more
         return pa.bool_() if self.values and self.values == self.bools else pa.string()
 
     def majority(self) -> pa.DataType:
@@ -92,19 +95,21 @@ def survey(found: Sequence[Found], hashes: Sequence[str], request: Request, skip
     key, columns, join = choose_columns(request, first, ROW, found[0].name)
     needed = [name for name in dict.fromkeys([key, *columns, *join]) if not (name == ROW and not request.id)]
     votes = {name: _Votes() for name in needed}
-    rows, edges, index = [], [], {}
+    rows: list[int] = []
+    edges: list[int] = []
+    index = {}
     for position, (file, (names, start)) in enumerate(zip(inputs, headers, strict=True)):
         missing = [name for name in needed if name not in names] if names else []
         if missing:
             raise SourceError(f"{file.name} has no column {missing[0]!r}; its header: {', '.join(names)}")
 
         def visit(block: Block, names: list[str] = names) -> None:
-            for name, column in _parsed(names, needed, quoting, block).items():
+            for name, column in _parsed(names, needed, quoting, block)[0].items():
                 votes[name].count(column)
 
         count, index[position] = scan(file, start, quoting, visit)
         rows.append(count)
-        edges.append(sum(rows))
+        edges.append(count + (edges[-1] if edges else 0))
     types = {
         name: votes[name].majority() if name in columns and name != key else votes[name].exact() for name in needed
     }
@@ -158,19 +163,24 @@ def _fields(record: bytes, quoting: Quoting) -> list[str]:
     return [field for row in rows[:1] for field in row]
 
 
-def _parsed(names: list[str], needed: Iterable[str], quoting: Quoting, block: Block) -> dict[str, pa.Array]:
-    """The needed columns of a block as text; records with too many or too few fields, or no UTF-8, are null."""
+def _parsed(
+    names: list[str], needed: Iterable[str], quoting: Quoting, block: Block
+) -> tuple[dict[str, pa.Array], dict[int, str]]:
+    """The needed columns of a block as text; and which records have none, where the text is null, and why."""
     wanted = list(needed)
     columns = _parse_at_once(names, wanted, quoting, block)
     if columns is not None:
-        return columns
+        return columns, {}
+    bad: dict[int, str] = {}
     values: list[list[str | None]] = [[] for _ in wanted]
     places = [names.index(name) for name in wanted]
     for index in range(len(block)):
         row = _record(block.record(index), quoting, len(names))
+        if isinstance(row, str):
+            bad[index] = row
         for into, place in zip(values, places, strict=True):
             into.append(None if isinstance(row, str) else row[place])
-    return {name: pa.array(column, pa.string()) for name, column in zip(wanted, values, strict=True)}
+    return {name: pa.array(column, pa.string()) for name, column in zip(wanted, values, strict=True)}, bad
 
 
 def _record(record: bytes, quoting: Quoting, count: int) -> list[str] | str:
@@ -214,46 +224,33 @@ class CsvReader(TextReader):
         self._names: tuple[str, list[str]] = ("", [])
 
     def parse(self, file: InputFile, block: Block) -> Piece:
-        """Text at once, then each column its type at once; row by row where that fails."""
+        """Text first, record by record only where Arrow finds fault; then each column its type."""
         if self._names[0] != file.url:
             names, _ = _header(file, self.quoting, header=bool(self.spec.options["header"]))
             self._names = (file.url, names)
-        names = self._names[1]
-        columns = _parse_at_once(names, self.own.names, self.quoting, block) if len(self.own) else None
-        if columns is not None:
-            try:
-                arrays = [_typed(columns[field.name], field.type) for field in self.own]
-                return Piece(pa.RecordBatch.from_arrays(arrays, schema=self.own), {})
-            except pa.ArrowInvalid:
-                pass
-        return self._one_by_one(names, block)
-
-    def _one_by_one(self, names: list[str], block: Block) -> Piece:
-        rows: list[dict[str, object] | str] = []
-        for index in range(len(block)):
-            record = _record(block.record(index), self.quoting, len(names))
-            rows.append(record if isinstance(record, str) else self._values(dict(zip(names, record, strict=True))))
-        return rows_to_batch(self.own, rows)
-
-    def _values(self, record: dict[str, str]) -> dict[str, object]:
-        """Each value in its type; one that does not fit stays text, and fails as such."""
-        found: dict[str, object] = {}
+        if not len(self.own):
+            return Piece(pa.RecordBatch.from_arrays([pa.nulls(len(block))], ["nothing"]), {})
+        columns, bad = _parsed(self._names[1], self.own.names, self.quoting, block)
+        arrays = []
         for field in self.own:
-            try:
-                found[field.name] = _typed(pa.array([record[field.name]]), field.type)[0].as_py()
-            except pa.ArrowInvalid:
-                found[field.name] = record[field.name]
-        return found
+            array, misfits = _typed(columns[field.name], field.type)
+            arrays.append(array)
+            for index in misfits:
+                shown = short(columns[field.name][index].as_py())
+                bad.setdefault(index, f"column {field.name!r}: {shown} is no {field.type}")
+        return Piece(pa.RecordBatch.from_arrays(arrays, schema=self.own), bad)
 
 
-def _typed(column: pa.Array, kind: pa.DataType) -> pa.Array:
-    """Text to numbers; empty is null.
-
-    Raises:
-        pyarrow.ArrowInvalid: if a value is none.
-    """
+def _typed(column: pa.Array, kind: pa.DataType) -> tuple[pa.Array, list[int]]:
+    """Text in its type, and where it has none; blank is null."""
     if pa.types.is_string(kind):
-        return column
-    text = pc.utf8_trim_whitespace(column)
-    text = pc.replace_substring_regex(text, r"^\+", "")
-    return pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text).cast(kind)
+        return column, []
+    text = pc.replace_substring_regex(pc.utf8_trim_whitespace(column), r"^\+", "")
+    text = pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
+    try:
+        return text.cast(kind), []
+    except pa.ArrowInvalid:
+        pattern = _BOOL if pa.types.is_boolean(kind) else _INT if pa.types.is_integer(kind) else _FLOAT
+        fits = pc.match_substring_regex(text, pattern)
+        misfits = np.flatnonzero(pc.invert(fits).fill_null(False).to_numpy(zero_copy_only=False)).tolist()
+        return pc.if_else(fits, text, pa.scalar(None, pa.string())).cast(kind), misfits

@@ -52,13 +52,16 @@ class _Types:
             for field in table.schema:
                 self._add(field.name, field.type, len(block) - table[field.name].null_count)
             return
+        values: dict[tuple[str, type], list[Any]] = {}
         for index in range(len(block)):
             line = _line(block.record(index))
             for name, value in line.items() if isinstance(line, dict) else ():
-                try:
-                    self._add(name, pa.infer_type([value]), 1)
-                except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-                    self._add(name, pa.null(), 0)
+                values.setdefault((name, type(value)), []).append(value)
+        for (name, _), alike in values.items():
+            try:
+                self._add(name, pa.infer_type(alike), len(alike))
+            except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+                self._add(name, pa.null(), 0)
 
     def _add(self, name: str, kind: pa.DataType, rows: int) -> None:
         self.seen.setdefault(name, Counter())[_without_dates(kind)] += rows

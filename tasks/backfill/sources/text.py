@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from nograd.tasks.backfill.plan import Extent, InputFile, SourceSpec
+from nograd.tasks.backfill.rows import fits
 from nograd.tasks.errors import SourceError
 
 from .base import INDEX_ROWS, Files, Piece, Reader, open_file, own_columns
@@ -22,6 +23,8 @@ else:
 
 #: endings of files that cannot be read from the middle
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".lz4", ".br")
+#: what Arrow raises for a value that does not fit a type
+_MISFIT = (TypeError, ValueError, OverflowError, NotImplementedError)
 _MARK = b"\xef\xbb\xbf"  # how some programs begin a UTF-8 file
 
 
@@ -102,25 +105,35 @@ def rows_to_batch(schema: pa.Schema, rows: list[dict[str, object] | str]) -> Pie
     arrays = []
     for field in schema:
         values = [None if isinstance(row, str) else row.get(field.name) for row in rows]
-        try:
-            arrays.append(pa.array(values, field.type))
-        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
-            single = [_single(value, field.type) for value in values]
-            for index, array in enumerate(single):
-                if array is None:
-                    bad.setdefault(index, f"column {field.name!r}: {_shown(values[index])} is no {field.type}")
-            nothing = pa.nulls(1, field.type)
-            arrays.append(pa.concat_arrays([nothing if array is None else array for array in single]))
+        array, misfits = _column(values, field.type)
+        arrays.append(array)
+        for index in misfits:
+            bad.setdefault(index, f"column {field.name!r}: {short(values[index])} is no {field.type}")
     return Piece(pa.RecordBatch.from_arrays(arrays, schema=schema), bad)
 
 
-def _single(value: object, kind: pa.DataType) -> pa.Array | None:
+def _column(values: list[object], kind: pa.DataType) -> tuple[pa.Array, list[int]]:
+    """Values in a type, and where they do not fit it: by a look at each, and one by one only if that is not enough."""
     try:
-        return pa.array([value], kind)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
-        return None
+        return pa.array(values, kind), []
+    except _MISFIT:
+        misfits = {index for index, value in enumerate(values) if not fits(value, kind)}
+    try:
+        return pa.array([None if index in misfits else value for index, value in enumerate(values)], kind), [*misfits]
+    except _MISFIT:
+        misfits = {index for index, value in enumerate(values) if not _is_a(value, kind)}
+        return pa.array([None if index in misfits else value for index, value in enumerate(values)], kind), [*misfits]
 
 
-def _shown(value: object) -> str:
+def _is_a(value: object, kind: pa.DataType) -> bool:
+    try:
+        pa.array([value], kind)
+    except _MISFIT:
+        return False
+    return True
+
+
+def short(value: object) -> str:
+    """A value in an error message."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}…"

@@ -61,11 +61,11 @@ def test_a_bad_record_of_csv_is_a_failure_of_its_row_alone(tmp_path, record, mes
 
 
 def test_the_id_and_joined_columns_of_csv_keep_what_was_written(tmp_path):
-    (tmp_path / "in.csv").write_text("zip,x,code,n\n007,1,0010,3\n12,2.5,7,4\n")
-    job = planned(tmp_path / "in.csv", tmp_path / "out", id="zip", columns=["x"], join=["code", "n"])
+    (tmp_path / "in.csv").write_text("zip,x,code,n,long\n007,1,0010,3,1234567890123456789\n12,2.5,7,4,1.5\n")
+    job = planned(tmp_path / "in.csv", tmp_path / "out", id="zip", columns=["x"], join=["code", "n", "long"])
     assert read_all(job)[0] == [
-        {"zip": "007", "x": 1.0, "code": "0010", "n": 3},
-        {"zip": "12", "x": 2.5, "code": "7", "n": 4},
+        {"zip": "007", "x": 1.0, "code": "0010", "n": 3, "long": "1234567890123456789"},
+        {"zip": "12", "x": 2.5, "code": "7", "n": 4, "long": "1.5"},
     ]
 
 
