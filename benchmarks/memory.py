@@ -29,7 +29,8 @@ from nograd.producer.embedded import EmbeddedRedis
 
 #: share of the jobs before memory counts: allocators and caches fill up at first
 WARM_UP = 0.3
-#: readings of one run, and groups of neighbouring ones that the line is fitted through: neighbours are alike
+#: readings of one run, and groups of neighbouring ones. The line goes through the least of each group: buffers that
+#: come and go are no growth, and neighbours are alike
 READINGS, GROUPS = 100, 10
 #: Student's t for GROUPS - 2 degrees of freedom, 95 %, two-sided
 T_95 = 2.306
@@ -57,10 +58,10 @@ def read(jobs: int, worker: fleet.Worker, server: redis.Redis) -> Reading:
 
 
 def slope(jobs: Sequence[float], size: Sequence[float]) -> tuple[float, float, float]:
-    """Bytes a job, and its 95 % interval, of the line through the means of `GROUPS` groups of readings."""
+    """Bytes a job, and its 95 % interval, of the line through the least of each of `GROUPS` groups of readings."""
     width = len(jobs) // GROUPS
     xs = [statistics.fmean(jobs[n * width : (n + 1) * width]) for n in range(GROUPS)]
-    ys = [statistics.fmean(size[n * width : (n + 1) * width]) for n in range(GROUPS)]
+    ys = [min(size[n * width : (n + 1) * width]) for n in range(GROUPS)]
     line = statistics.linear_regression(xs, ys)
     middle = statistics.fmean(xs)
     errors = sum((y - line.slope * x - line.intercept) ** 2 for x, y in zip(xs, ys, strict=True))
@@ -111,6 +112,7 @@ def measure(client: Client, worker: fleet.Worker, server: redis.Redis, jobs: int
             "bytes a job": round(growth, 3),
             "interval": [round(low, 3), round(high, 3)],
             "zero": low <= 0 or growth < NOTHING,
+            "MB every tenth": [round(getattr(reading, name) / 1e6, 2) for reading in readings[:: READINGS // 10]],
         }
     return found
 
@@ -146,7 +148,9 @@ def main() -> int:
             print(f"{run['jobs']} jobs, {run['items per message']} in a message, {run['jobs per second']}/s")
             for name in ("worker", "redis"):
                 row = run[name]
-                sizes = " → ".join(f"{row[key]:.1f}" for key in row if key.startswith("MB"))
+                sizes = " → ".join(
+                    f"{row[key]:.1f}" for key in ("MB at first", "MB after the warm-up", "MB in the end")
+                )
                 print(f"  {name:7} {row['bytes a job']:>9} bytes a job {row['interval']}   {sizes} MB"
                       f"   {'flat' if row['zero'] else 'GROWS'}")  # fmt: skip
         print("keys without a TTL:")

@@ -234,8 +234,8 @@ def accelerator(bench: Bench) -> None:
             rounds=[round(share, 1) for share in shares],
         )  # fmt: skip
         ideal = count * hosted.SIMULATED_BATCH / device_s(hosted.SIMULATED_BATCH)
-        rate = statistics.median(each["rate"] for each in found)
-        bench.note("accelerator", f"{name}: rows", rate, "/s", ideal=round(ideal))
+        rate, cpu_ms = (statistics.median(each[key] for each in found) for key in ("rate", "cpu_ms"))
+        bench.note("accelerator", f"{name}: rows", rate, "/s", ideal=round(ideal), cpu_ms=round(cpu_ms, 4))
         bench.note("accelerator", f"{name}: rows a forward", statistics.median(each["batch"] for each in found), "")
 
 
@@ -245,9 +245,9 @@ def device_s(items: int) -> float:
 
 
 def busy(bench: Bench, count: int) -> dict[str, float]:
-    """The mean share of a window in which a device ran, its rows per second, and rows per forward."""
+    """The mean share of a window in which a device ran, rows per second, CPU time of a row, and rows per forward."""
     window = max(2.0, WINDOW_S * bench.scale)
-    with traced(bench) as (one, trace), one.workers(count, "accelerator"):
+    with traced(bench) as (one, trace), one.workers(count, "accelerator") as running:
         control, queue = one.client.app.control, "nograd.accelerator"
         # Filled while nobody consumes it, so that all of them begin at once and no producer takes their CPU.
         if len(control.cancel_consumer(queue, reply=True, timeout=10, limit=count)) < count:
@@ -257,9 +257,9 @@ def busy(bench: Bench, count: int) -> dict[str, float]:
         one.client.broker.publish_many(packs("accelerator", int(full_rate * (window + 3) / 16) + held, 16))
         control.add_consumer(queue)
         time.sleep(2)
-        began = time.monotonic()
+        began, cpu_s = time.monotonic(), -sum(worker.cpu_s() for worker in running)
         time.sleep(window)
-        ended = time.monotonic()
+        ended, cpu_s = time.monotonic(), cpu_s + sum(worker.cpu_s() for worker in running)
         if not one.client.broker.waiting(["accelerator"])["accelerator"]:
             raise SystemExit("the queue ran empty within the window")
         of_window = [
@@ -273,6 +273,7 @@ def busy(bench: Bench, count: int) -> dict[str, float]:
     return {
         "busy": 100 * ran / (window * count),
         "rate": done / window,
+        "cpu_ms": 1000 * cpu_s / done,
         "batch": statistics.fmean(items for _, _, items in of_window),
     }
 
