@@ -3,7 +3,7 @@
 One worker gets small jobs whose results nobody wants, in bursts. After each burst, when the queue is empty and all is
 acknowledged, the worker's resident memory and the memory Redis uses are read. After a warm-up a line is fitted through
 both: its slope is the growth in bytes a job, with its 95 % interval. In the end every key of Redis that has no TTL is
-listed with its owner. Allocators fill up over some 100,000 jobs: judge by a million. Exits 1 if a key has no owner.
+listed with its owner; exits 1 if one has none. Allocators fill up over some 100,000 jobs: judge growth by a million.
 """
 
 from __future__ import annotations
