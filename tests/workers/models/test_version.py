@@ -68,7 +68,8 @@ def test_names_places_and_what_only_decides_when_a_model_runs_do_not_count(versi
     for name in ("weights.pth", "labels.txt"):
         shutil.copy(tmp_path / name, tmp_path / "elsewhere" / name)
     moved = TABLE.replace("weights.pth", "elsewhere/weights.pth").replace("labels.txt", "elsewhere/labels.txt")
-    again = TABLE + "batch = {{ max_items = 7, max_wait_ms = 3 }}\ntimeout_s = 5\nhard_timeout_s = 9\nexample = [1, 2, 3]\n"
+    limits = "batch = {{ max_items = 7, max_wait_ms = 3 }}\ntimeout_s = 5\nhard_timeout_s = 9\n"
+    again = TABLE + limits + "example = [1, 2, 3]\n"
     default = TABLE + 'dtype = "float32"\ntop = 5\n'
     absolute = TABLE.replace("weights.pth", str(tmp_path / "weights.pth"))
     versions = {
