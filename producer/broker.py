@@ -205,16 +205,47 @@ class Broker:
             counts = iter(pipe.execute())
         return {model: sum(next(counts) for _ in PRIORITY_SUFFIXES) for model in models}
 
-    def workers(self, timeout_s: float = 1.0) -> dict[str, dict[str, Any]]:
+    def workers(self, timeout_s: float = 1.0, names: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
         """The workers that answer within ``timeout_s`` seconds, by name, with what their pools tell of themselves.
+
+        Args:
+            timeout_s: seconds they have.
+            names: whom to ask, without waiting longer than for these; all if None.
 
         Raises:
             BrokerUnavailable: if Redis does not answer.
         """
         self._ping()
         with self.errors():
-            stats = self.app.control.inspect(timeout=timeout_s).stats() or {}
+            limit = None if names is None else len(names)
+            stats = self.app.control.inspect(names and list(names), timeout=timeout_s, limit=limit).stats() or {}
         return {name: stats[name].get("pool") or {} for name in sorted(stats)}
+
+    def command(
+        self, name: str, arguments: dict[str, Any], workers: Sequence[str] | None = None, timeout_s: float = 1.0
+    ) -> dict[str, dict[str, Any]]:
+        """Send workers a remote command (`nograd.tasks.remote`); the answers within ``timeout_s`` seconds, by worker.
+
+        Args:
+            name: of the command.
+            arguments: of the command.
+            workers: who shall do it; all if None.
+            timeout_s: seconds workers have to answer.
+
+        Raises:
+            BrokerUnavailable: if Redis does not answer.
+        """
+        self._ping()
+        with self.errors():
+            replies = self.app.control.broadcast(
+                name,
+                arguments=arguments,
+                destination=None if workers is None else list(workers),
+                reply=True,
+                timeout=timeout_s,
+                limit=None if workers is None else len(workers),
+            )
+        return {worker: reply for each in replies or () for worker, reply in each.items()}
 
     def answers(self) -> bool:
         """Whether any worker consumes: one that has registered its models may still be a second from it.

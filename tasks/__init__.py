@@ -1,5 +1,6 @@
 """The contract between producers and workers: Celery app, task, wire format, errors. Never imports torch."""
 
+from . import remote as _remote  # noqa: F401 - declares the remote commands
 from .celery import app, create_app
 from .errors import (
     BrokerUnavailable,

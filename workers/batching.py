@@ -34,6 +34,7 @@ import itertools
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
@@ -410,6 +411,7 @@ class BatchQueue:
         self._backlog = Backlog(limits)
         self._clock = clock
         self._changed = threading.Condition()
+        self._errands: deque[Callable[[], None]] = deque()
         self._closed = False
 
     def __len__(self) -> int:
@@ -439,16 +441,27 @@ class BatchQueue:
             self._changed.notify()
         return True
 
-    def take(self) -> Batch | None:
-        """Block until a batch is ready; None once the queue is closed."""
+    def call(self, errand: Callable[[], None]) -> bool:
+        """Have the thread that takes run something between two batches; False if the queue is closed."""
         with self._changed:
-            batch = self._wait_for_batch()
-        if batch is not None:
-            self.on_taken()
-        return batch
+            if self._closed:
+                return False
+            self._errands.append(errand)
+            self._changed.notify()
+        return True
 
-    def _wait_for_batch(self) -> Batch | None:
+    def take(self) -> Batch | Callable[[], None] | None:
+        """Block until there is an errand, which goes first, or a batch is ready; None once the queue is closed."""
+        with self._changed:
+            taken = self._wait()
+        if isinstance(taken, Batch):
+            self.on_taken()
+        return taken
+
+    def _wait(self) -> Batch | Callable[[], None] | None:
         while not self._closed:
+            if self._errands:
+                return self._errands.popleft()
             now = self._clock()
             batch = self._backlog.next_batch(now)
             if batch is not None:

@@ -4,6 +4,8 @@ Laws:
 
 * Model load, warm-up and every forward happen on one thread, inside ``torch.no_grad()``: grad mode and CUDA graphs
   belong to a thread, and a model that was loaded is warm before a job can reach it.
+* Models come and go between two batches. One that cannot be loaded, or is over the memory budget, leaves nothing behind
+  and the others as they were; their jobs wait while one is loaded.
 * How a batch is run, and what its failures cost, is `forward`'s business. Whatever is raised, also what is no
   `Exception`, becomes the outcome of an item and the thread lives on; except when the device is lost.
 * An item whose deadline passes, waiting or on the device, is resolved by `expire` at that moment; what the forward says
@@ -16,13 +18,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from celery.worker.state import maybe_shutdown
 
-from nograd.tasks.errors import DeadlinePassed, InvalidInput, JobError, NogradError
+from nograd.tasks.errors import ConfigError, DeadlinePassed, InvalidInput, JobError, ModelFileError, NogradError
 from nograd.tasks.modelfile import ModelFile
 from nograd.tasks.predict import Outcome
 
@@ -30,13 +33,17 @@ from .batching import Batch, BatchQueue, Item, Limits
 from .device import default_device
 from .faults import DeviceLost
 from .forward import run_isolated
+from .memory import MemoryBudget
 from .models import HostedModel, open_model
 from .models.version import fingerprint
 from .models.warmup import warm_up
+from .resources import show_size
 from .stopwatch import Forward
 from .watchdog import Activities
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Job(Protocol):
@@ -107,19 +114,27 @@ class Engine:
     """Owns the loaded models and the thread that runs them.
 
     Attributes:
-        models: the hosted models, by name; loaded once `start` has returned.
+        models: the loaded models, by name.
         queue: prepared items for the device thread.
         stats: counters per model.
         activities: what runs a model's code just now, on this thread and others.
+        memory: what the models hold.
     """
 
     def __init__(
-        self, file: ModelFile, names: Sequence[str], hooks: Hooks | None = None, device: torch.device | None = None
+        self,
+        file: ModelFile,
+        names: Sequence[str],
+        hooks: Hooks | None = None,
+        device: torch.device | None = None,
+        memory_budget: int | None = None,
     ) -> None:
-        self.models: dict[str, HostedModel] = {name: open_model(file, name) for name in names}
-        self.queue = BatchQueue({name: _limits(model) for name, model in self.models.items()})
-        self.stats = {name: ModelStats() for name in self.models}
+        self._first = [open_model(file, name) for name in names]
+        self.models: dict[str, HostedModel] = {}
+        self.queue = BatchQueue({})
+        self.stats: dict[str, ModelStats] = {}
         self.device = device or default_device()
+        self.memory = MemoryBudget(self.device, memory_budget)
         self.activities = Activities()
         self._hooks = hooks or Hooks()
         self._on_device: Sequence[Item] = ()
@@ -132,7 +147,7 @@ class Engine:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self) -> None:
-        """Load and warm up every model on the device thread, and wait for it.
+        """Load and warm up every model given at first on the device thread, and wait for it.
 
         Raises:
             ModelFileError: what a loader refused.
@@ -145,11 +160,28 @@ class Engine:
         if start.error is not None:
             raise start.error
 
+    def add(self, model: HostedModel) -> Future[None]:
+        """Load and warm up one more model, between two batches. Fails as `start` does, without harm to the others."""
+        return self._call(lambda: self._load(model))
+
+    def remove(self, name: str) -> Future[list[Item]]:
+        """Let go of a model between two batches; its items that wait, which are the caller's from then on."""
+        return self._call(lambda: self._unload(name))
+
     def finish(self) -> None:
         """Let the batch on the device finish, run no other. Items that wait are dropped, unresolved."""
         self.queue.close()
         if self._thread is not None:
             self._thread.join()
+
+    def report(self) -> dict[str, dict[str, Any]]:
+        """What each model has done, for ``inspect stats``. Any thread may ask."""
+        models = self.models.copy()
+        return {
+            name: {**stats.as_dict(), "version": models[name].version}
+            for name, stats in self.stats.copy().items()
+            if name in models
+        }
 
     def expire(self) -> None:
         """Resolve every item whose deadline has passed, also those on the device. For the watchdog's thread."""
@@ -161,31 +193,74 @@ class Engine:
     def _main(self, start: _Start) -> None:
         with torch.no_grad():
             try:
-                for model in self.models.values():
-                    self._load(model)
+                while self._first:
+                    self._load(self._first.pop(0))
             except BaseException as err:  # noqa: BLE001 - whatever it is, the waiting thread raises it
                 start.error = err
                 return
             finally:
                 start.done.set()
-            while (batch := self.queue.take()) is not None:
-                try:
-                    self.step(batch)
-                except DeviceLost as err:
-                    self._hooks.on_lost(str(err), _jobs(self._last_forward))
-                    return
-                except BaseException as err:
-                    # Not a model's error (those are outcomes) but one of ours. A thread that ended here would leave a
-                    # worker that takes jobs and answers none.
-                    logger.critical("a batch of %s could not be handed over; this is a bug", batch.model, exc_info=True)
-                    _fail(batch, err)
+            while self._turn():
+                pass
+
+    def _turn(self) -> bool:
+        """One batch, or one change of models; False if that was the last."""
+        # A method of its own: a variable of the loop would keep what it last had alive, models and tensors included.
+        batch = self.queue.take()
+        if batch is None:
+            return False
+        if not isinstance(batch, Batch):
+            batch()
+            return True
+        try:
+            self.step(batch)
+        except DeviceLost as err:
+            self._hooks.on_lost(str(err), _jobs(self._last_forward))
+            return False
+        except BaseException as err:
+            # Not a model's error (those are outcomes) but one of ours. A thread that ended here would leave a worker
+            # that takes jobs and answers none.
+            logger.critical("a batch of %s could not be handed over; this is a bug", batch.model, exc_info=True)
+            _fail(batch, err)
+        return True
 
     def _load(self, model: HostedModel) -> None:
         began = time.monotonic()
-        model.load(self.device)
-        model.version = fingerprint(model)
-        warm_up(model)
-        logger.info("model %s is loaded on %s and warm after %.1f s", model.name, self.device, time.monotonic() - began)
+        self.memory.open()
+        try:
+            model.load(self.device)
+            model.version = fingerprint(model)
+            warm_up(model)
+            self.memory.close(model)
+        except torch.OutOfMemoryError as err:
+            why = str(err).partition(". ")[0]
+            raise ModelFileError(f"{model.file}: [{model.name}]: does not fit on {self.device}: {why}") from err
+        self.stats[model.name] = ModelStats()
+        self.models[model.name] = model
+        self.queue.add_model(model.name, _limits(model))
+        size = show_size(self.memory.held[model.name])
+        took = time.monotonic() - began
+        logger.info("model %s is loaded on %s (%s) and warm after %.1f s", model.name, self.device, size, took)
+
+    def _unload(self, name: str) -> list[Item]:
+        items = self.queue.remove_model(name)
+        del self.models[name], self.stats[name]
+        self._last_forward = ()  # the jobs in it know their model
+        self.memory.forget(name)
+        return items
+
+    def _call(self, errand: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(errand())
+            except BaseException as err:  # noqa: BLE001 - whatever it is, whoever waits for it raises it
+                future.set_exception(err)
+
+        if not self.queue.call(run):
+            future.set_exception(ConfigError("the worker is shutting down"))
+        return future
 
     def step(self, batch: Batch) -> None:
         """Run one batch and resolve each of its items.

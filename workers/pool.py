@@ -15,13 +15,14 @@ Laws:
 * A message is settled exactly once; one that was revoked, or never reached the device before shutdown, is not settled
   at all: Celery has answered it already, or the broker gives it to another worker.
 * Models are loaded and warm before the first message is fetched; a model that cannot be loaded stops the start.
+  What comes and goes later is `hosting`'s business.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from celery import states
@@ -29,6 +30,7 @@ from celery.app.task import Context
 from celery.concurrency.base import BasePool
 from celery.worker import state
 from celery.worker.state import revoked
+from kombu import Queue
 
 from nograd.tasks import cancelled, registry, transport
 from nograd.tasks.errors import ConfigError, JobError, WorkerDied
@@ -41,6 +43,7 @@ from .crew import Crew
 from .engine import Engine, Hooks
 from .exits import EXIT_CONFIG, EXIT_DEVICE, EXIT_HUNG
 from .handle import Handle
+from .hosting import Hosting, Queues
 from .intake import Intake
 from .message import Message
 from .prepare import Preparer
@@ -88,6 +91,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self.engine: Engine | None = None
         self.preparer: Preparer | None = None
         self.settler: Settler | None = None
+        self.hosting: Hosting | None = None
         self.intake: Intake | None = None
         self._threads: dict[str, int] = {}
         self.watchdog: Watchdog | None = None
@@ -106,7 +110,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             device.configure(resources)
             file = _model_file()
             hooks = Hooks(self._withdrawn.submit, _mark_suspects, self._on_fits, self._on_device_lost)
-            self.engine = engine = Engine(file, self._names(file), hooks)
+            self.engine = engine = Engine(file, self._names(file), hooks, memory_budget=resources.memory_budget)
             self.engine.start()
         except ConfigError as err:
             # Celery would print a traceback and exit 1; this is the user's to fix, and one line says it all.
@@ -124,6 +128,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             self.settler,
             self.app.conf.accept_content,
             self._bury,
+            self._take_back,
             intake=self.intake,
             threads=resources.threads,
             activities=engine.activities,
@@ -136,14 +141,15 @@ class TaskPool(BasePool):  # type: ignore[misc]
         )
         self.sizes = SafeSizes(self.app.backend.client, kind_of(engine.device), engine.models.keys, engine.queue.cap)
         self._threads = {"prepare": resources.threads, **device.threads()}
-        for crew in (self.settler, self.preparer, self._tasks, self._withdrawn):
+        self.hosting = Hosting(engine, _model_file, self._give_back, self._announce)
+        for crew in (self.settler, self.preparer, self._tasks, self._withdrawn, self.hosting):
             crew.start()
         self.sizes.start()
         self._recall_cancelled()
         self.watchdog.start()
         transport.watch(self._makes_progress)
         self._warn_of_small_batches()
-        threading.Thread(target=self._keep_known, args=(file,), name="nograd-registry", daemon=True).start()
+        threading.Thread(target=self._keep_known, name="nograd-registry", daemon=True).start()
 
     def on_close(self) -> None:
         """Begin nothing more. What has not reached the device goes back to the head of its queue, in order."""
@@ -152,6 +158,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._stopping.set()
         if self.engine is None or self.preparer is None:
             return
+        if self.hosting is not None:
+            self.hosting.close()
         unread = self.preparer.close()
         items = self.engine.queue.close()
         waiting = list(dict.fromkeys(item.job for item in items if item.job.untouched()))
@@ -252,6 +260,62 @@ class TaskPool(BasePool):  # type: ignore[misc]
 
         last_words.die(code, why, jobs, settle, self.app.backend.client)
 
+    # -- models that come and go -------------------------------------------------------------------------------------
+
+    def load_model(self, name: str, consumer: Any, *, reload: bool = False) -> str:
+        """Begin to load a model; its status from now on. On Celery's event loop (see `nograd.tasks.remote`)."""
+        return "loading" if self.hosting is None else self.hosting.load(name, self._queues(consumer), reload=reload)
+
+    def unload_model(self, name: str, consumer: Any) -> str:
+        """Begin to unload a model; its status from now on. On Celery's event loop (see `nograd.tasks.remote`)."""
+        return "loading" if self.hosting is None else self.hosting.unload(name, self._queues(consumer))
+
+    def _queues(self, consumer: Any) -> Queues:
+        queues = self.app.amqp.queues
+
+        def consume(name: str, then: Callable[[], None]) -> None:
+            queue = queue_name(name)
+            if queue not in queues:
+                queues.add(Queue(queue, routing_key=queue))
+            try:
+                if consumer.task_consumer is None:  # just reconnecting; it will consume what is selected
+                    queues.select_add(queues[queue])
+                else:
+                    consumer.add_task_queue(queue)
+            finally:
+                then()
+
+        def cancel(name: str, then: Callable[[], None]) -> None:
+            try:
+                if consumer.task_consumer is None:
+                    queues.deselect(queue_name(name))
+                else:
+                    consumer.cancel_task_queue(queue_name(name))
+            finally:
+                then()
+
+        return Queues(
+            lambda name, then: consumer.call_soon(consume, name, then),
+            lambda name, then: consumer.call_soon(cancel, name, then),
+        )
+
+    def _give_back(self, handles: Iterable[Handle]) -> None:
+        """Return messages that nobody has ended to the head of their queues, in order, and forget them."""
+        given = [handle for handle in handles if handle.claim()]
+        transport.give_back([handle.delivery for handle in given])
+        for handle in given:
+            if handle.celery.request is not None:
+                state.task_ready(handle.celery.request)
+
+    def _take_back(self, message: Message, name: str) -> bool:
+        """Give back a message that came for a model after it was unloaded; False if that is no help."""
+        if self.hosting is None or not self.hosting.knows(name) or message.delivery is None:
+            return False
+        if message.delivery.delivery_info.get("routing_key") in self.app.amqp.queues.consume_from:
+            return False  # it would come again at once: somebody sent it through the queue of another model
+        self._give_back([message])
+        return True
+
     # -- what others may know ----------------------------------------------------------------------------------------
 
     def _recall_cancelled(self) -> None:
@@ -274,7 +338,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
         return names
 
     def _largest(self) -> int:
-        return max(model.spec.batch.max_items for model in self.engine.models.values()) if self.engine else 1
+        models = list(self.engine.models.values()) if self.engine is not None else []
+        return max((model.spec.batch.max_items for model in models), default=1)
 
     def _warn_of_small_batches(self) -> None:
         largest = self._largest()
@@ -284,13 +349,26 @@ class TaskPool(BasePool):  # type: ignore[misc]
                 self.limit, self.limit, largest,
             )  # fmt: skip
 
-    def _keep_known(self, file: ModelFile) -> None:
-        models = self.engine.models if self.engine else {}
-        cards = [registry.ModelCard.of(name, file.specs[name], version=model.version) for name, model in models.items()]
+    def _announce(self) -> None:
+        """There are more models than before."""
+        if self.intake is not None:
+            self.intake.resize(self._largest())
+        self._warn_of_small_batches()
+        try:
+            self._register()
+        except Exception as err:  # noqa: BLE001 - as in `_keep_known`, which tries again
+            logger.warning("the models could not be registered in Redis (%s)", err)
+
+    def _register(self) -> None:
+        models = list(self.engine.models.values()) if self.engine is not None else []
+        cards = [registry.ModelCard.of(model.name, model.spec, version=model.version) for model in models]
+        registry.register(self.app.backend.client, cards)
+
+    def _keep_known(self) -> None:
         wait = 0.0
         while not self._stopping.wait(wait):
             try:
-                registry.register(self.app.backend.client, cards)
+                self._register()
                 wait = MODELS_RENEW_S
             except AttributeError:  # another app's result backend; its clients name their models themselves
                 logger.warning(
@@ -309,10 +387,10 @@ class TaskPool(BasePool):  # type: ignore[misc]
             interactive, bulk = self.engine.queue.waiting
             info["waiting_items"], info["waiting_bulk_items"] = interactive + bulk, bulk
             info["settled"] = dict(self.settler.counts) if self.settler is not None else {}
-            info["models"] = {
-                name: {**stats.as_dict(), "version": self.engine.models[name].version}
-                for name, stats in self.engine.stats.items()
-            }
+            info["hosting"] = self.hosting.report() if self.hosting is not None else {}
+            info["ready"] = self.hosting is not None and self.hosting.ready
+            info["memory_budget"] = self.engine.memory.budget
+            info["models"] = self.engine.report()
         return info
 
 

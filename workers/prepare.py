@@ -53,18 +53,20 @@ class Preparer:
         settler: where messages go whose items all have their outcome.
         accept: content types of bodies.
         on_poison: called with a message over which too many workers have died, and how many; what it is settled with.
+        on_unknown: called with a message for a model that is not here, and its name; whether it took care of it.
         intake: hears of every message how many items it has.
         threads: how many prepare at a time.
         activities: where a thread says what it does.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - what it owns and whom it tells
         self,
         models: Mapping[str, HostedModel],
         batches: BatchQueue,
         settler: Settler,
         accept: list[str] | None,
         on_poison: Callable[[Message, int], JobError],
+        on_unknown: Callable[[Message, str], bool],
         *,
         intake: Intake,
         threads: int,
@@ -75,6 +77,7 @@ class Preparer:
         self._settler = settler
         self._accept = prepare_accept_content(accept)
         self._on_poison = on_poison
+        self._on_unknown = on_unknown
         self._intake = intake
         self._activities = activities
         self._crew: Crew[Message] = Crew("nograd-prepare", threads, self._work)
@@ -115,6 +118,11 @@ class Preparer:
             return
         try:
             inputs = self._read(message)
+        except UnknownModel as err:
+            name, _ = message.body[0]
+            if not self._on_unknown(message, name):
+                self._settler.submit(message, Outcome(error=err))
+            return
         except NogradError as err:
             self._settler.submit(message, Outcome(error=err))
             return
@@ -130,12 +138,19 @@ class Preparer:
         else:
             items = self._prepare_items(message, model, inputs)
         message.watch.prepared = time.monotonic()
-        try:
-            if items:
-                self._batches.put(items, message.deadline)  # refused only at shutdown, when dropping them is right
-        except UnknownModel as err:  # the model was unloaded meanwhile
+        if items and not self._put(message, model, items) and not self._on_unknown(message, model.name):
             for item in items:
-                message.resolve(item.index, Outcome(error=err))
+                message.resolve(item.index, Outcome(error=UnknownModel(f"model {model.name!r} has been unloaded")))
+
+    def _put(self, message: Message, model: HostedModel, items: list[Item]) -> bool:
+        """Hand items to the device thread; False if their model has been unloaded meanwhile."""
+        if self._models.get(model.name) is not model:
+            return False
+        try:
+            self._batches.put(items, message.deadline)  # refused only at shutdown, when dropping them is right
+        except UnknownModel:
+            return False
+        return True
 
     def _prepare_items(self, message: Message, model: HostedModel, inputs: list[Any]) -> list[Item]:
         risky = model.spec.kind in RISKY_KINDS

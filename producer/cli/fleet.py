@@ -6,15 +6,18 @@ import contextlib
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import click
+from celery.utils.nodenames import gethostname
 from rich.console import Group
 from rich.table import Table
 
+from nograd.producer.client import Client
 from nograd.producer.fleet import FLOWER_PORT, Fleet, flower_command, require_flower, require_worker
 from nograd.producer.processes import stopping_on_sigterm
 
-from .common import FAILED, Run, command
+from .common import FAILED, OK, Run, command
 
 _GPUS = click.option("--gpus", default="all", show_default=True, help="all, none, or indices like 0,2.")
 _CONCURRENCY = click.option("--concurrency", type=click.IntRange(min=1), help="Messages in flight in each worker.")
@@ -97,16 +100,27 @@ def flower(run: Run, *, port: int, flower_args: tuple[str, ...]) -> int:
 
 @command
 @click.option("--timeout", type=float, default=1.0, show_default=True, help="Seconds workers have to answer.")
-def status(run: Run, *, timeout: float) -> int:
-    """Show the workers that are up and how many messages wait for each model."""
+@click.option("--ready", is_flag=True, help="Say only whether they are ready: exit code 0, or 1.")
+@click.option("--model", metavar="NAME", help="With --ready: whether this model can be used.")
+@click.option("--here", is_flag=True, help="Only workers of this host; in a container, its own.")
+def status(run: Run, *, timeout: float, ready: bool, model: str | None, here: bool) -> int:
+    """Show the workers that are up and how many messages wait for each model.
+
+    A worker is ready when all its models are loaded and warm and it takes their jobs.
+    """
+    if ready:
+        return _ready(run, timeout, model, here=here)
     with run.client() as client:
         names = list(client.models())
         waiting = client.broker.waiting(names)
-        workers = client.broker.workers(timeout)
+        workers = _workers(client, timeout, here=here)
         address = client.broker.address
     document = {
         "redis": address,
-        "workers": [{"name": name, "device": pool.get("device")} for name, pool in workers.items()],
+        "workers": [
+            {"name": name, "device": pool.get("device"), "ready": pool.get("ready"), "models": pool.get("hosting", {})}
+            for name, pool in workers.items()
+        ],
         "models": {name: {"waiting": count} for name, count in waiting.items()},
     }
     queues = Table("model", "messages waiting")
@@ -114,11 +128,31 @@ def status(run: Run, *, timeout: float) -> int:
         queues.add_row(name, f"{count:,}")
     up = Table("worker", "device", "inputs in its pool", "models")
     for name, pool in workers.items():
-        up.add_row(
-            name, *(str(pool.get(key, "?")) for key in ("device", "waiting_items")), ", ".join(pool.get("models", ()))
+        hosted = ", ".join(
+            model if state["status"] == "ready" else f"{model} ({state['status']})"
+            for model, state in pool.get("hosting", {}).items()
         )
+        up.add_row(name, *(str(pool.get(key, "?")) for key in ("device", "waiting_items")), hosted)
     run.emit(document, Group(f"Redis at {address}, {len(workers)} worker{'s' * (len(workers) != 1)} up", queues, up))
     return 0
+
+
+def _ready(run: Run, timeout: float, model: str | None, *, here: bool) -> int:
+    """For probes: whether there is a worker, and all of them are ready, or one has the model."""
+    with run.client() as client:
+        workers = _workers(client, timeout, here=here)
+    if model is None:
+        ready = bool(workers) and all(pool.get("ready") for pool in workers.values())
+    else:
+        states = [pool.get("hosting", {}).get(model, {}) for pool in workers.values()]
+        ready = any(state.get("status") == "ready" for state in states)
+    run.emit({"ready": ready, "workers": sorted(workers)}, "ready" if ready else "not ready")
+    return OK if ready else FAILED
+
+
+def _workers(client: Client, timeout: float, *, here: bool) -> dict[str, dict[str, Any]]:
+    suffix = f"@{gethostname()}" if here else ""  # Celery's own, as in %h
+    return {name: pool for name, pool in client.broker.workers(timeout).items() if name.endswith(suffix)}
 
 
 def _stay(run: Run, fleet: Fleet) -> int:

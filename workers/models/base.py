@@ -18,6 +18,7 @@ from nograd.tasks.payloads import decode_input
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from nograd.tasks.modelfile import AnySpec
 
@@ -84,6 +85,10 @@ class HostedModel(ABC):
     def examples(self) -> Sequence[Any]:
         """Inputs for the warm-up, as `prepare` takes them; none if the model gives no way to know."""
         return [] if self.spec.example is None else [self.given_example()]
+
+    def modules(self) -> Sequence[nn.Module]:
+        """The modules that were loaded, for the memory they hold."""
+        return []
 
     def batch_sizes(self) -> Sequence[int]:
         """Sizes of the warm-up's batches.

@@ -118,6 +118,10 @@ class TextGenerationModel(HostedModel):
         own_pad = self._tokenizer.pad_token_id
         self._pad = own_pad if own_pad is not None else min(self._ends, default=0)  # masked, so any token will do
 
+    def modules(self) -> Sequence[Any]:
+        """The network."""
+        return [self._network]
+
     def _take_sampling_defaults(self) -> dict[str, Any]:
         """The model's own sampling settings, taken out of its configuration.
 

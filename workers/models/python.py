@@ -36,6 +36,7 @@ class PythonModel(HostedModel):
     spec: PythonSpec
     _methods: dict[str, Callable[..., Any]]
     _takes_params: frozenset[str]
+    _modules: Sequence[nn.Module] = ()
 
     def load(self, device: torch.device) -> None:
         """Build the class and let it load; see `HostedModel.load`."""
@@ -60,9 +61,14 @@ class PythonModel(HostedModel):
             self._methods["load"](device)
         except (Exception, SystemExit) as err:
             raise self.error("class", self.spec.class_, f"load() raised {type(err).__name__}: {err}") from err
-        for part in vars(instance).values() if hasattr(instance, "__dict__") else ():
-            if isinstance(part, nn.Module):
-                assert_eval(self, part)
+        parts = vars(instance).values() if hasattr(instance, "__dict__") else ()
+        self._modules = [part for part in parts if isinstance(part, nn.Module)]
+        for part in self._modules:
+            assert_eval(self, part)
+
+    def modules(self) -> Sequence[nn.Module]:
+        """Those the instance has as attributes."""
+        return self._modules
 
     def prepare(self, input: Any, params: Mapping[str, Any]) -> Any:  # noqa: A002
         """Run the class's ``prepare``.

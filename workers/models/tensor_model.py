@@ -60,6 +60,10 @@ class TensorModel(HostedModel):
         self.place(device)
         self._read = self._reader()
 
+    def modules(self) -> Sequence[nn.Module]:
+        """The one."""
+        return [self.module]
+
     def place(self, device: torch.device) -> None:
         """Dtype, evaluation mode, device, memory format, compilation."""
         cast(self.module, dtype_of(self))

@@ -111,6 +111,10 @@ class PipelineModel(HostedModel):
         # A fast tokenizer keeps padding and truncation inside, and raises if two threads set them at once.
         self._tokenizing = threading.Lock()
 
+    def modules(self) -> Sequence[Any]:
+        """The pipeline's network."""
+        return [self._pipeline.model]
+
     def prepare(self, input: Any, params: Mapping[str, Any]) -> Prepared:  # noqa: A002
         """Check one input, and run the pipeline's ``preprocess`` on it.
 

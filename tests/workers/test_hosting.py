@@ -1,0 +1,238 @@
+"""Models that come and go in a real worker, by the command line, while jobs of another model run all the time."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from nograd.producer import Client
+
+CODE = """
+import os, time, torch
+
+
+class Steady:
+    def load(self, device): pass
+    def forward(self, batch): time.sleep(0.01); return [2 * n for n in batch]
+
+
+class Slow:
+    def __init__(self, factor, gate=None): self.factor, self.gate = factor, gate
+    def load(self, device):
+        while self.gate and not os.path.exists(self.gate): time.sleep(0.01)
+        self.weights = torch.nn.Linear(1000, 250, bias=False).eval()  # 1 MB
+    def forward(self, batch): time.sleep(0.05); return [self.factor * n for n in batch]
+    def __del__(self): print("LET GO", self.factor, flush=True)
+
+
+class Broken:
+    def load(self, device): raise OSError("no licence")
+    def forward(self, batch): return batch
+"""
+
+STEADY = """
+[steady]
+loader = "python"
+class = "hosted_models:Steady"
+"""
+
+
+def slow(name, factor, gate=""):
+    return f"""
+[{name}]
+loader = "python"
+class = "hosted_models:Slow"
+init = {{ factor = {factor}, gate = "{gate}" }}
+batch = {{ max_items = 4 }}
+"""
+
+
+class Fleet:
+    """One worker, its model file, and the command line."""
+
+    def __init__(self, file, url, start_worker):
+        self.file, self.url, self.start_worker = file, url, start_worker
+
+    def start(self, *args, ready=True, **env):
+        self.worker = self.start_worker(self.file, *args, env=env, ready=ready)
+        return self
+
+    def nograd(self, *words):
+        command = [sys.executable, "-m", "nograd.producer.cli", *words, "--redis", self.url, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        return done.returncode, json.loads(done.stdout) if done.stdout else None
+
+    def state(self, model):
+        """How a model stands in the worker."""
+        code, status = self.nograd("status", "--timeout", "1")
+        assert code == 0
+        [worker] = [each for each in status["workers"] if each["name"] == self.worker.name]
+        return worker["models"][model]
+
+
+@pytest.fixture
+def fleet(tmp_path, redis_url, start_worker):
+    (tmp_path / "hosted_models.py").write_text(CODE)
+    file = tmp_path / "models.toml"
+    file.write_text(STEADY)
+    made = Fleet(file, redis_url, start_worker)
+    yield made
+    made.worker.stop()
+
+
+@pytest.fixture
+def client(redis_url, fleet):
+    with Client(redis_url, models=fleet.file) as made:
+        yield made
+
+
+@pytest.fixture
+def traffic(client, fleet):
+    """Jobs for the steady model, all the time; in the end each must have its own answer."""
+    jobs, stop = [], threading.Event()
+
+    def send():
+        while not stop.wait(0.02):
+            jobs.append((len(jobs), client.submit("steady", len(jobs))))
+
+    def check():
+        thread.join(30)
+        assert [job.result(60) for _, job in jobs] == [2 * n for n, _ in jobs]
+        return len(jobs)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    yield lambda: stop.set() or check()
+    stop.set()
+    thread.join(30)
+
+
+def test_a_model_is_loaded_and_unloaded_while_others_work_and_no_job_is_lost(fleet, client, traffic):
+    fleet.start()
+    fleet.file.write_text(STEADY + slow("extra", 10))
+    code, said = fleet.nograd("models", "load", "extra")
+    assert (code, said["workers"][fleet.worker.name]["status"]) == (0, "ready")
+    assert client.submit("extra", 1).result(60) == 10
+    assert fleet.state("extra")["bytes"] == 1_000_000
+
+    waiting = [client.submit("extra", n) for n in range(120)]  # a second and a half of work
+    waiting[0].result(60)
+    code, said = fleet.nograd("models", "unload", "extra")
+    assert (code, said["workers"][fleet.worker.name]["status"]) == (0, "unloaded")
+    assert "LET GO 10" in fleet.worker.text()
+    left = client.broker.waiting(["extra"])["extra"]
+    assert left > 0, "it was too fast to leave anything"
+    done = [job for job in waiting if job.done()]
+    assert len(done) + left == len(waiting)
+    assert "extra" in client.models()
+
+    assert fleet.nograd("models", "load", "extra")[0] == 0
+    assert [job.result(60) for job in waiting] == [10 * n for n in range(120)]
+    assert traffic() > 20
+    assert "this is a bug" not in fleet.worker.text()
+
+
+def test_reload_takes_what_the_file_says_now(fleet, client, traffic):
+    fleet.file.write_text(STEADY + slow("extra", 10))
+    fleet.start()
+    fleet.file.write_text(STEADY + slow("extra", 7))
+    assert fleet.nograd("models", "load", "extra")[0] == 0  # it is there: nothing happens
+    assert client.submit("extra", 1).result(60) == 10
+    jobs = [client.submit("extra", n) for n in range(60)]
+    assert fleet.nograd("models", "load", "extra", "--reload")[0] == 0
+    assert client.submit("extra", 1).result(60) == 7
+    assert all(job.result(60) in (10 * n, 7 * n) for n, job in enumerate(jobs))
+    assert traffic() > 0
+
+
+def test_a_job_that_comes_when_its_model_has_gone_goes_back_to_its_queue(fleet, client, redis_url):
+    """With a countdown it is in the worker's hands before the unload, and due after it."""
+    from nograd.tasks import create_app
+    from nograd.tasks.settings import Settings
+
+    fleet.file.write_text(STEADY + slow("extra", 10))
+    fleet.start()
+    app = create_app(Settings(redis_url))
+    late = app.tasks["nograd.predict"].apply_async(("extra", 3), countdown=6)
+    deadline = time.monotonic() + 30
+    while client.broker.waiting(["extra"])["extra"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert fleet.nograd("models", "unload", "extra")[0] == 0
+    deadline = time.monotonic() + 30
+    while not client.broker.waiting(["extra"])["extra"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert client.broker.waiting(["extra"])["extra"] == 1
+    # Through the queue of another model it would come back again and again: that one is answered.
+    misled = app.send_task("nograd.predict", args=["extra", 1], queue="nograd.steady")
+    with pytest.raises(Exception, match="this worker has no model 'extra'"):
+        misled.get(timeout=60)
+    assert fleet.nograd("models", "load", "extra")[0] == 0
+    assert late.get(timeout=60) == 30
+    app.close()
+
+
+def test_a_model_that_cannot_be_loaded_says_why_and_the_worker_goes_on(fleet, client, traffic):
+    fleet.start()
+    fleet.file.write_text(STEADY + slow("extra", 10) + '[broken]\nloader = "python"\nclass = "hosted_models:Broken"\n')
+    for name, why in (("broken", "load() raised OSError: no licence"), ("nobody", "no model 'nobody'; it has steady")):
+        code, said = fleet.nograd("models", "load", name)
+        assert code == 2
+        assert said["error"]["type"] == "ModelFileError"
+        assert why in said["error"]["message"]
+    assert fleet.nograd("status", "--ready", "--timeout", "1")[0] == 1
+    fleet.file.write_text("not toml")
+    assert "not valid TOML" in fleet.nograd("models", "load", "extra")[1]["error"]["message"]
+    for name in ("broken", "nobody", "extra"):
+        assert fleet.nograd("models", "unload", name)[0] == 0
+    assert fleet.nograd("status", "--ready", "--timeout", "1")[0] == 0
+    assert traffic() > 0
+
+
+def test_models_beyond_the_memory_budget_are_refused_and_leave_nothing_behind(fleet, client):
+    fleet.file.write_text(STEADY + slow("one", 1) + slow("two", 2) + slow("three", 3))
+    fleet.start("-Q", "nograd.steady,nograd.one", NOGRAD_MEMORY_BUDGET="2.5MB")
+    assert fleet.nograd("models", "load", "two")[0] == 0
+    code, said = fleet.nograd("models", "load", "three")
+    assert code == 2
+    assert (
+        "[three]: the model holds 1.0 MB, beside steady (0 B), one (1.0 MB), two (1.0 MB); "
+        "the memory budget of cpu is 2.5 MB"
+    ) in said["error"]["message"]
+    assert "LET GO 3" in fleet.worker.text()
+    assert fleet.nograd("models", "unload", "one")[0] == 0
+    assert fleet.nograd("models", "load", "three")[0] == 0
+    assert client.submit("three", 2).result(60) == 6
+
+
+def test_models_beyond_the_budget_stop_the_start(fleet):
+    fleet.file.write_text(slow("one", 1) + slow("two", 2))
+    fleet.start(ready=False, NOGRAD_MEMORY_BUDGET="1.5MB")
+    assert fleet.worker.process.wait(120) == 2
+    assert "[two]: the model holds 1.0 MB, beside one (1.0 MB)" in fleet.worker.text()
+
+
+def test_a_worker_is_alive_before_a_model_is_ready(fleet, client):
+    fleet.start()
+    gate = fleet.file.with_name("gate")
+    fleet.file.write_text(STEADY + slow("extra", 10, gate))
+    assert fleet.nograd("status", "--ready", "--timeout", "1")[0] == 0
+    code, said = fleet.nograd("models", "load", "extra", "--timeout", "0")
+    assert (code, said["workers"][fleet.worker.name]["status"]) == (1, "loading")
+    assert fleet.nograd("status", "--ready", "--timeout", "1") == (1, {"ready": False, "workers": [fleet.worker.name]})
+    assert fleet.nograd("status", "--ready", "--model", "extra", "--timeout", "1")[0] == 1
+    assert fleet.nograd("status", "--ready", "--model", "steady", "--timeout", "1")[0] == 0
+    assert client.broker.answers()
+    gate.touch()
+    assert fleet.nograd("models", "load", "extra")[0] == 0  # waits for the one that is on its way
+    assert fleet.nograd("status", "--ready", "--model", "extra", "--timeout", "1")[0] == 0
+    assert fleet.nograd("status", "--ready", "--here", "--timeout", "1")[0] == 1  # its name is of no host
+
+
+def test_a_worker_that_is_not_up_is_named(fleet):
+    fleet.start()
+    code, said = fleet.nograd("models", "unload", "steady", "--worker", "nobody@nowhere")
+    assert (code, said["error"]["type"]) == (2, "ConfigError")
+    assert "nobody@nowhere" in said["error"]["message"]
