@@ -33,7 +33,7 @@ class Job:
     def abandoned(self):
         return False
 
-    def resolve(self, index, outcome):
+    def resolve(self, index, outcome, forward=None):
         self.outcome = outcome
         self.done.set()
 

@@ -143,7 +143,7 @@ from nograd.workers.engine import Engine, Hooks
 class Job:
     params, value = {}, None
     def abandoned(self): return False
-    def resolve(self, index, outcome): print("RESOLVED", outcome, flush=True)
+    def resolve(self, index, outcome, forward=None): print("RESOLVED", outcome, flush=True)
 
 lost = threading.Event()
 def on_lost(why, jobs): print("LOST", len(jobs), flush=True); lost.set()

@@ -315,3 +315,27 @@ def test_a_removed_model_is_refused_by_the_queue_and_others_are_told_of_room():
     assert told == [0, 0]
     with pytest.raises(UnknownModel):
         queue.put([item()])
+
+
+def test_an_errand_goes_before_the_batches_and_never_after_the_close():
+    queue, done = BatchQueue({"m": Limits(max_items=2)}), []
+    queue.put([item()])
+    assert queue.call(lambda: done.append(1))
+    assert queue.call(lambda: done.append(2))
+    for _ in range(2):
+        queue.take()()
+    assert done == [1, 2]
+    assert len(queue.take().items) == 1
+    queue.close()
+    assert not queue.call(lambda: done.append(3))
+    assert queue.take() is None
+
+
+def test_an_errand_wakes_whoever_waits_for_a_batch():
+    queue, taken = BatchQueue({}), []
+    thread = Thread(target=lambda: taken.append(queue.take()))
+    thread.start()
+    errand = taken.clear
+    queue.call(errand)
+    thread.join(10)
+    assert taken == [errand]

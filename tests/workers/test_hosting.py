@@ -118,7 +118,7 @@ def test_a_model_is_loaded_and_unloaded_while_others_work_and_no_job_is_lost(fle
     assert client.submit("extra", 1).result(60) == 10
     assert fleet.state("extra")["bytes"] == 1_000_000
 
-    waiting = [client.submit("extra", n) for n in range(120)]  # a second and a half of work
+    waiting = [client.submit("extra", n) for n in range(400)]  # five seconds of work
     waiting[0].result(60)
     code, said = fleet.nograd("models", "unload", "extra")
     assert (code, said["workers"][fleet.worker.name]["status"]) == (0, "unloaded")
@@ -130,7 +130,7 @@ def test_a_model_is_loaded_and_unloaded_while_others_work_and_no_job_is_lost(fle
     assert "extra" in client.models()
 
     assert fleet.nograd("models", "load", "extra")[0] == 0
-    assert [job.result(60) for job in waiting] == [10 * n for n in range(120)]
+    assert [job.result(60) for job in waiting] == [10 * n for n in range(400)]
     assert traffic() > 20
     assert "this is a bug" not in fleet.worker.text()
 
