@@ -253,10 +253,11 @@ def test_status_shows_workers_and_queues(served_url, redis_url, register):
 def test_every_command_speaks_json():
     from nograd.producer.cli.root import cli as group
 
-    groups = {f"dead {name}": command for name, command in group.commands["dead"].commands.items()}
-    for name, command in {**group.commands, **groups}.items():
-        if name == "dead":
-            continue
+    commands = {}
+    for name, command in group.commands.items():
+        inner = getattr(command, "commands", None)
+        commands |= {name: command} if inner is None else {f"{name} {one}": each for one, each in inner.items()}
+    for name, command in commands.items():
         options = {option for parameter in command.params for option in parameter.opts}
         assert {"--json", "--redis", "--models"} <= options, name
         assert command.help, name
