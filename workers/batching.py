@@ -81,6 +81,7 @@ class Item:
         arrived: when it was put in, in seconds of the backlog's clock.
         deadline: when it is no use any more, on the same clock; None for never.
         late: makes ``prepared`` on the device thread, for an input that may crash the process; None if it is made.
+        block: ``prepared`` is a whole batch, alone in its group.
     """
 
     model: str
@@ -93,6 +94,7 @@ class Item:
     arrived: float = 0.0
     deadline: float | None = None
     late: Callable[[], Any] | None = None
+    block: bool = False
 
     @property
     def urgency(self) -> float:

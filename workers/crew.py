@@ -38,6 +38,10 @@ class Crew(Generic[T]):
         self._closed = False
         self._threads = [threading.Thread(target=self._run, name=f"{name}-{n}", daemon=True) for n in range(size)]
 
+    def __len__(self) -> int:
+        """Items nobody has begun with."""
+        return sum(map(len, self._lanes))
+
     def start(self) -> None:
         """Start the threads."""
         for thread in self._threads:

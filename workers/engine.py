@@ -32,7 +32,7 @@ from nograd.tasks.predict import Outcome
 from .batching import Batch, BatchQueue, Item, Limits
 from .device import default_device
 from .faults import DeviceLost
-from .forward import run_isolated
+from .forward import run_isolated, run_pieces
 from .memory import MemoryBudget
 from .models import HostedModel, open_model
 from .models.version import fingerprint
@@ -58,6 +58,18 @@ class Job(Protocol):
         """Take the outcome of one item, and the forward it was in."""
 
 
+class RowsJob(Job, Protocol):
+    """What the engine needs of a batch that came as one item (see `nograd.workers.backfill.block`)."""
+
+    rows: Sequence[Any]
+
+    def settle(self, start: int, stop: int, outputs: Sequence[Any] | NogradError) -> None:
+        """Take the outputs of some rows, or the error they share."""
+
+    def finish(self, fits: int | None) -> None:
+        """All rows have their outcome; ``fits`` of them fitted into one forward, None if all did."""
+
+
 @dataclass(slots=True)
 class ModelStats:
     """Counters of one model; written by the device thread only."""
@@ -67,6 +79,14 @@ class ModelStats:
     largest: int = 0
     failed: int = 0
     device_s: float = 0.0
+
+    def count(self, items: int, failed: int, device_s: float) -> None:
+        """Add a batch."""
+        self.batches += 1
+        self.items += items
+        self.largest = max(self.largest, items)
+        self.failed += failed
+        self.device_s += device_s
 
     def as_dict(self) -> dict[str, float]:
         """For ``inspect stats``."""
@@ -274,7 +294,9 @@ class Engine:
         self._on_device = batch.items
         try:
             items = [item for item in batch.items if self._wanted(item) and self._prepared(item, model)]
-            if items:
+            if items and items[0].block:
+                self._run_block(model, items[0])
+            elif items:
                 self._run(model, items)
         finally:
             self._on_device = ()
@@ -296,15 +318,36 @@ class Engine:
         finally:  # what was done before the device was lost counts as well
             ended = time.monotonic()
             forward = Forward(ended, ended - began, len(items))
-            stats.device_s += forward.device_s
-            stats.batches += 1
-            stats.items += len(items)
-            stats.largest = max(stats.largest, len(items))
-            stats.failed += sum(outcome.error is not None for _, outcome in outcomes)
+            stats.count(len(items), sum(outcome.error is not None for _, outcome in outcomes), forward.device_s)
             for item, outcome in outcomes:
                 item.job.resolve(item.index, outcome, forward)
         if fits is not None:
             self._hooks.on_fits(model.name, items[0].group, fits)
+
+    def _run_block(self, model: HostedModel, item: Item) -> None:
+        """Run a batch of a backfill's rows, which are no items of their own."""
+        block: RowsJob = item.job
+        stats = self.stats[model.name]
+        began = time.monotonic()
+        failed = 0
+
+        def on_done(piece: Sequence[int], result: Sequence[Any] | JobError) -> None:
+            nonlocal failed
+            failed += len(piece) if isinstance(result, JobError) else 0
+            block.settle(piece[0], piece[-1] + 1, result)
+
+        fits = run_pieces(
+            model,
+            range(len(block.rows)),
+            lambda piece: block.rows[piece[0] : piece[-1] + 1],
+            block.params,
+            self.device,
+            lambda _: self._begin("the forward", model, [item]),
+            on_done,
+        )
+        self._end()
+        stats.count(len(block.rows), failed, time.monotonic() - began)
+        block.finish(fits)
 
     def _begin(self, what: str, model: HostedModel, items: Sequence[Item]) -> None:
         """From here on the process may die, or hang, over these."""

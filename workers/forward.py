@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from traceback import clear_frames
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,6 +29,8 @@ from .faults import DeviceLost, is_device_lost, is_out_of_memory
 from .models import HostedModel
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +71,64 @@ def run_isolated(
         DeviceLost: if the device answers no more. The items of the last forward, and those that had not had one, have
             no outcome then.
     """
-    pieces, fits = [list(items)], None
+
+    def on_done(piece: Sequence[Item], result: Sequence[Any] | JobError) -> None:
+        if not isinstance(result, JobError):
+            for item, output in zip(piece, result, strict=True):
+                on_outcome(item, Outcome(value=output))
+            return
+        for item in piece:
+            # An error of its own for each: whoever raises one adds to its traceback.
+            error = result if len(piece) == 1 else type(result)(result.message)
+            on_outcome(item, Outcome(error=error))
+
+    return run_pieces(
+        model,
+        list(items),
+        lambda piece: [item.prepared for item in piece],
+        items[0].job.params,
+        device,
+        on_forward,
+        on_done,
+    )
+
+
+def run_pieces(  # noqa: PLR0917 - two of them are what, five are how
+    model: HostedModel,
+    batch: Sequence[T],
+    inputs: Callable[[Sequence[T]], Sequence[Any]],
+    params: Mapping[str, Any],
+    device: torch.device,
+    on_forward: Callable[[Sequence[T]], None],
+    on_done: Callable[[Sequence[T], Sequence[Any] | JobError], None],
+) -> int | None:
+    """Run a batch in as few pieces as succeed.
+
+    Args:
+        model: whose batch it is.
+        batch: its members; anything that can be cut into slices.
+        inputs: the prepared inputs of some members.
+        params: of the model.
+        device: where the model is.
+        on_forward: called with the members of each forward before it runs.
+        on_done: called with members and their outputs, or with members and the error they share.
+
+    Returns:
+        How many members fit into one forward, if more than that ran out of memory; else None.
+
+    Raises:
+        DeviceLost: see `run_isolated`.
+    """
+    pieces, fits = [batch], None
     while pieces:
         piece = pieces.pop()
         if fits is not None and len(piece) > fits:
             pieces += [piece[fits:], piece[:fits]]
             continue
         on_forward(piece)
-        result = _attempt(model, piece, device)
+        result = _attempt(model, inputs(piece), params, device)
         if not isinstance(result, _Failure):
-            for item, output in zip(piece, result, strict=True):
-                on_outcome(item, Outcome(value=output))
+            on_done(piece, result)
             continue
         if result.out_of_memory:
             _free_memory()
@@ -89,19 +138,18 @@ def run_isolated(
             pieces += [piece[middle:], piece[:middle]]
             continue
         logger.warning("model %s failed on %d input(s): %s", model.name, len(piece), result.error.message)
-        for item in piece:
-            # An error of its own for each: whoever raises one adds to its traceback.
-            error = result.error if len(piece) == 1 else OutputMismatch(result.error.message)
-            on_outcome(item, Outcome(error=error))
+        on_done(piece, result.error)
     return fits
 
 
-def _attempt(model: HostedModel, items: Sequence[Item], device: torch.device) -> Sequence[Any] | _Failure:
+def _attempt(
+    model: HostedModel, inputs: Sequence[Any], params: Mapping[str, Any], device: torch.device
+) -> Sequence[Any] | _Failure:
     """One forward: its outputs, or how it failed. No tensor of a failed one is kept alive by what is returned."""
     try:
-        outputs = model.forward([item.prepared for item in items], items[0].job.params)
-        if len(outputs) != len(items):
-            raise OutputMismatch(f"model {model.name!r} returned {len(outputs)} outputs for {len(items)} inputs")
+        outputs = model.forward(inputs, params)
+        if len(outputs) != len(inputs):
+            raise OutputMismatch(f"model {model.name!r} returned {len(outputs)} outputs for {len(inputs)} inputs")
     except OutputMismatch as err:
         # Nobody knows whose output is whose, also not in a smaller batch.
         return _Failure(err, splits=False)
@@ -110,10 +158,10 @@ def _attempt(model: HostedModel, items: Sequence[Item], device: torch.device) ->
     except BaseException as err:
         if is_device_lost(err, device):
             raise DeviceLost(f"{type(err).__name__}: {err}") from err
-        memory = is_out_of_memory(err, len(items))
+        memory = is_out_of_memory(err, len(inputs))
         clear_frames(err.__traceback__)  # frames hold tensors, and the halves need their memory
         if memory:
-            return _Failure(Overloaded(f"out of memory on {len(items)} input(s): {err}"), out_of_memory=True)
+            return _Failure(Overloaded(f"out of memory on {len(inputs)} input(s): {err}"), out_of_memory=True)
         error = ModelFailed(f"{type(err).__name__}: {err}")
         error.__cause__ = err.with_traceback(None)
         return _Failure(error)

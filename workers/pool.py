@@ -33,12 +33,14 @@ from celery.worker.state import revoked
 from kombu import Queue
 
 from nograd.tasks import cancelled, registry, transport
+from nograd.tasks.backfill.task import CALIBRATE, RUN_CHUNK, Runner, runner
 from nograd.tasks.errors import ConfigError, JobError, WorkerDied
-from nograd.tasks.keys import MODELS_RENEW_S, PREDICT_TASK, queue_name
+from nograd.tasks.keys import CHUNKS, MODELS_RENEW_S, PREDICT_TASK, queue_name
 from nograd.tasks.modelfile import ModelFile, load_model_file
 from nograd.tasks.settings import Settings
 
 from . import device, last_words
+from .backfill.runner import BoundTask, ChunkRunner
 from .crew import Crew
 from .engine import Engine, Hooks
 from .exits import EXIT_CONFIG, EXIT_DEVICE, EXIT_HUNG
@@ -58,6 +60,8 @@ logger = logging.getLogger(__name__)
 
 #: threads for tasks that are not predictions, at most
 TASK_THREADS = 32
+#: chunks of backfills that run at a time: one reads and writes while the other is on the device
+CHUNK_THREADS = 2
 #: seconds a warm shutdown waits for Redis to take the last results; without it a worker could not be stopped while
 #: Redis is away
 STORE_S = 30
@@ -80,6 +84,27 @@ class Task(Handle):
             trace(self.celery, self.raw, self._kwargs, self.started)
 
 
+class BackfillTask(Task):
+    """A message of a backfill's tasks: traced like any other, with the worker's runner at hand."""
+
+    def __init__(self, celery: Callbacks, args: TraceArgs, kwargs: dict[str, Any], chunks: ChunkRunner) -> None:
+        super().__init__(celery, args, kwargs, None)
+        self._chunks = chunks
+
+    def run(self) -> None:
+        """Run it where its body finds the runner."""
+        token = runner.set(
+            Runner(
+                run_chunk=lambda task, call: self._chunks.run_chunk(BoundTask(task, self.delivery), call),
+                calibrate=lambda task, sample: self._chunks.calibrate(BoundTask(task, self.delivery), sample),
+            )
+        )
+        try:
+            super().run()
+        finally:
+            runner.reset(token)
+
+
 class TaskPool(BasePool):  # type: ignore[misc]
     """Celery's pool protocol over an `Engine`. ``limit`` (``--concurrency``) is the number of messages in flight."""
 
@@ -99,6 +124,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
         size = min(TASK_THREADS, max(1, self.limit or 1))
         self._tasks: Crew[Task] = Crew("nograd-task", size, _run_each)
         self._withdrawn: Crew[Handle] = Crew("nograd-withdraw", 1, _withdraw_each)
+        self._backfill: Crew[Task] = Crew("nograd-chunk", CHUNK_THREADS, _run_each)
+        self.chunks: ChunkRunner | None = None
         self._stopping = threading.Event()
 
     # -- life --------------------------------------------------------------------------------------------------------
@@ -121,7 +148,15 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self.settler = Settler(ResultStore(self.app, task, hostname), task.resultrepr_maxsize, engine.activities)
         self.intake = Intake(self.limit, self._largest(), lambda: engine.queue.waiting, transport.resume)
         engine.queue.on_taken = self.intake.eased
-        transport.throttle(self.intake.room)
+        transport.throttle(self._room)
+        self.chunks = ChunkRunner(
+            engine,
+            file,
+            self.app.backend.client,
+            hostname,
+            threads=resources.threads,
+            claim_s=Settings.from_env().lease_s,
+        )
         self.preparer = Preparer(
             engine.models,
             engine.queue,
@@ -142,7 +177,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self.sizes = SafeSizes(self.app.backend.client, kind_of(engine.device), engine.models.keys, engine.queue.cap)
         self._threads = {"prepare": resources.threads, **device.threads()}
         self.hosting = Hosting(engine, _model_file, self._give_back, self._announce)
-        for crew in (self.settler, self.preparer, self._tasks, self._withdrawn, self.hosting):
+        for crew in (self.settler, self.preparer, self._tasks, self._withdrawn, self._backfill, self.hosting):
             crew.start()
         self.sizes.start()
         self._recall_cancelled()
@@ -163,7 +198,9 @@ class TaskPool(BasePool):  # type: ignore[misc]
         unread = self.preparer.close()
         items = self.engine.queue.close()
         waiting = list(dict.fromkeys(item.job for item in items if item.job.untouched()))
-        unstarted = [*waiting, *unread, *self._tasks.close()]
+        if self.chunks is not None:
+            self.chunks.closing.set()
+        unstarted = [*waiting, *unread, *self._tasks.close(), *self._backfill.close()]
         for handle in unstarted:
             handle.terminate()  # whatever still holds it: it is no longer ours to end
         transport.give_back([handle.delivery for handle in unstarted])
@@ -181,6 +218,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         if self.engine is not None:
             self.engine.finish()
         self._tasks.finish()
+        self._backfill.finish()
         self._withdrawn.finish(STORE_S)
         if self.settler is not None and not self.settler.finish(STORE_S):
             logger.error("results could not be stored within %d s; their jobs are delivered again", STORE_S)
@@ -215,11 +253,23 @@ class TaskPool(BasePool):  # type: ignore[misc]
             message = Message(celery, tuple(args))
             self.preparer.submit(message)
             return message
+        if args and args[0] in (RUN_CHUNK, CALIBRATE) and self.chunks is not None:
+            chunk = BackfillTask(celery, tuple(args), kwargs or {}, self.chunks)
+            # A calibration does not wait for the chunks of other backfills.
+            (self._backfill if args[0] == RUN_CHUNK else self._tasks).submit(chunk)
+            return chunk
         task = Task(celery, tuple(args), kwargs or {}, self.intake)
         if self.intake is not None:
             self.intake.came(bulk=task.bulk)
         self._tasks.submit(task, bulk=task.bulk)
         return task
+
+    def _room(self, priority: int) -> int:
+        """How many more messages of this priority the worker takes."""
+        if priority < CHUNKS and self.intake is not None:
+            return self.intake.room(priority)
+        # One chunk ahead of those that run, so that a worker that joins finds some.
+        return max(0, 1 - len(self._backfill))
 
     def _bury(self, message: Message, deaths: int) -> JobError:
         """Store the failure of a job that kills workers, and keep its message for whoever wants to know why."""

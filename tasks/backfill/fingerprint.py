@@ -22,7 +22,7 @@ from .sources.base import file_change
 #: changes named one by one; the rest is counted
 _NAMED = 20
 #: keys of a model that decide how fast it is asked and not what it answers
-_NO_MATTER = frozenset({"batch", "timeout_s", "example"})
+_NO_MATTER = frozenset({"batch", "timeout_s", "hard_timeout_s", "example"})
 
 
 def identify(name: str, spec: AnySpec, folder: Path, versions: Mapping[str, str] | None = None) -> ModelIdentity:

@@ -27,8 +27,8 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-#: seconds a worker may be silent before its chunk is given to another
-CLAIM_S: Final = 30.0
+from nograd.tasks.keys import LEASE_S
+
 #: seconds a chunk may wait in its queue before it is issued again. Too short costs a duplicate that ends at its first
 #: look; only a message that was lost (a FLUSHALL) needs it
 QUEUED_S: Final = 900.0
@@ -79,13 +79,15 @@ class Window:
     Args:
         client: a Redis client.
         job: the backfill's id.
+        claim_s: seconds a worker may be silent before its chunk is given to another.
 
     Raises:
         redis.RedisError: from each method, if Redis fails.
     """
 
-    def __init__(self, client: Any, job: str) -> None:
+    def __init__(self, client: Any, job: str, claim_s: float = LEASE_S) -> None:
         self._client = client
+        self.claim_s = claim_s
         self._script = client.register_script(_SCRIPT)
         self._prefix = f"nograd:backfill:{job}:"
         self._keys = [self._prefix + name for name in ("queued", "running", "owners", "cursors")]
@@ -110,7 +112,7 @@ class Window:
 
     def claim(self, chunk: int, owner: str) -> bool:
         """Take a chunk, or renew the claim on it; False if another owner is alive."""
-        return bool(self._call("claim", chunk, owner, int(CLAIM_S * 1000)))
+        return bool(self._call("claim", chunk, owner, int(self.claim_s * 1000)))
 
     def release(self, chunk: int, owner: str) -> None:
         """End the claim and forget the cursor; nothing if another has the chunk by now."""

@@ -35,9 +35,11 @@ def bucket_sizes(max_items: int) -> list[int]:
     return [*(1 << n for n in range((max_items - 1).bit_length())), max_items]
 
 
-def padded(batch: Sequence[torch.Tensor], max_items: int) -> list[torch.Tensor]:
+def padded(batch: Sequence[torch.Tensor], max_items: int) -> Sequence[torch.Tensor]:
     """The inputs of a batch, the last one repeated up to the next bucket size; the others do not notice."""
     size = next((size for size in bucket_sizes(max_items) if size >= len(batch)), len(batch))
+    if isinstance(batch, torch.Tensor):
+        return torch.cat((batch, batch[-1:].expand(size - len(batch), *batch.shape[1:])))
     return [*batch, *[batch[-1]] * (size - len(batch))]
 
 

@@ -109,6 +109,19 @@ class TensorModel(HostedModel):
             raise InvalidInput(f"unknown parameter {name!r}: model {self.name!r} takes none")
         return self._read(input)
 
+    @property
+    def takes_rows(self) -> bool:
+        """Whether `prepare_rows` may be called: inputs are numbers, and need no code of their own."""
+        return self.spec.kind in ("rows", "tensor")
+
+    def prepare_rows(self, array: np.ndarray[Any, Any]) -> tuple[torch.Tensor, dict[int, InvalidInput]]:
+        """Many inputs at once: ``(n, *shape)``; what `prepare` would have said of each one, and the errors by row.
+
+        Raises:
+            InvalidInput: if not one of them can be taken, because of their shape or type.
+        """
+        return self._tensor_reader().read_rows(array)
+
     def bucket(self, prepared: torch.Tensor) -> Hashable:
         """The shape: only equal ones can be stacked."""
         return tuple(prepared.shape)
@@ -120,11 +133,19 @@ class TensorModel(HostedModel):
     def forward(self, batch: Sequence[torch.Tensor], params: Mapping[str, Any]) -> Sequence[Any]:  # noqa: ARG002
         """Run the module on the stacked inputs, ``(n, *shape)``.
 
+        A batch may be one tensor already (a backfill's rows are never objects of their own); then the outputs stay
+        together as well, where the module returns one tensor.
+
         Raises:
             OutputMismatch: if it does not return one output for each.
         """
         stacked = self._stack(batch)
-        return split(self.call(stacked), len(stacked))[: len(batch)]
+        output = self.call(stacked)
+        together = isinstance(batch, torch.Tensor) and isinstance(output, torch.Tensor)
+        if together and output.ndim and len(output) == len(stacked):
+            rows: Any = output.detach().cpu()[: len(batch)]
+            return rows  # type: ignore[no-any-return] # a tensor has a length and slices; that is all that is asked
+        return split(output, len(stacked))[: len(batch)]
 
     def call(self, batch: torch.Tensor) -> Any:
         """Call the module on a batch that is still on the CPU."""
@@ -137,6 +158,22 @@ class TensorModel(HostedModel):
         if self.labels is not None and isinstance(output, torch.Tensor):
             return classify(output, self.labels, self.spec.top)
         return to_json(output)
+
+    def finish_rows(self, outputs: torch.Tensor) -> np.ndarray[Any, Any] | None:
+        """The predictions of a batch as one array ``(n, …)``; None where each has to be finished by itself.
+
+        The values are those of `finish`; where that makes a plain number of an output with one element, this is
+        ``(n,)``. NaN and infinity are each output's own business, too.
+        """
+        if self.labels is not None or outputs.is_complex() or not outputs.ndim:
+            return None
+        if outputs.is_floating_point() and not torch.isfinite(outputs).all():
+            return None
+        if outputs.ndim < 3 and outputs.numel() == len(outputs):
+            outputs = outputs.reshape(-1)
+        if outputs.dtype in (torch.float16, torch.bfloat16):
+            outputs = outputs.float()
+        return outputs.numpy()
 
     def examples(self) -> Sequence[Any]:
         """The model file's example, else a grey image, else zeros of the known shape."""
@@ -177,14 +214,17 @@ class TensorModel(HostedModel):
         if self.spec.params:
             raise self.error("params", self.spec.params, f"loader {self.spec.loader!r} takes none")
 
+    def _tensor_reader(self) -> TensorReader:
+        return TensorReader(
+            dtype=self.input_dtype(),
+            row=self.spec.kind == "rows",
+            shape=self.input_shape(),
+            allow_nonfinite=self.spec.allow_nonfinite,
+        )
+
     def _reader(self) -> Callable[[Any], torch.Tensor]:
         if self.spec.kind != "image":
-            return TensorReader(
-                dtype=self.input_dtype(),
-                row=self.spec.kind == "rows",
-                shape=self.input_shape(),
-                allow_nonfinite=self.spec.allow_nonfinite,
-            ).read
+            return self._tensor_reader().read
         transform = configured_transform(self) or self.own_transform()
         if transform is None:
             raise self.error(

@@ -52,6 +52,33 @@ class TensorReader:
         self._check_shape(array.shape)
         return self._cast(array) if self.dtype.is_floating_point else self._cast_whole(array)
 
+    def read_rows(self, array: np.ndarray[Any, Any]) -> tuple[torch.Tensor, dict[int, InvalidInput]]:
+        """Check and cast many inputs that stand in one array: ``(n, *shape)``.
+
+        Returns:
+            All of them, and for those that `read` would have refused, by their index, what it would have raised. What
+            stands in the tensor for those means nothing.
+
+        Raises:
+            InvalidInput: if their shape or type is not what the model takes.
+        """
+        if array.dtype.kind not in _NUMERIC:
+            raise InvalidInput(f"the input is an array of {array.dtype}, not of numbers")
+        self._check_shape(array.shape[1:])
+        wrong: dict[int, InvalidInput] = {}
+        with np.errstate(over="ignore", invalid="ignore"):
+            tensor = torch.from_numpy(array.astype(_NUMPY.get(self.dtype, np.int64))).to(self.dtype)
+        if not self.dtype.is_floating_point:
+            doubtful = np.arange(len(array)) if array.dtype.kind == "f" or self.dtype is torch.bool else _outside(array)
+        else:
+            doubtful = torch.nonzero(~torch.isfinite(tensor.reshape(len(tensor), -1)).all(dim=1)).flatten().numpy()
+        for index in doubtful.tolist():
+            try:
+                tensor[index] = self.read(array[index])
+            except InvalidInput as err:
+                wrong[index] = err
+        return tensor, wrong
+
     def _check_shape(self, shape: tuple[int, ...]) -> None:
         if self.row and len(shape) != 1:
             raise InvalidInput(f"a row is one flat list of numbers; this input has shape {_shape(shape)}")
@@ -88,6 +115,8 @@ class TensorReader:
             raise InvalidInput(f"{_place(index)} is {array[index]}")
 
     def _cast_whole(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
+        if array.dtype.kind == "b":
+            return torch.from_numpy(array.copy()).to(self.dtype)
         low, high = (0, 1) if self.dtype is torch.bool else (torch.iinfo(self.dtype).min, torch.iinfo(self.dtype).max)
         wrong = (array < low) | (array >= high + 1)  # not "> high": as a float, 2**63 - 1 is 2**63
         if array.dtype.kind == "f":
@@ -96,6 +125,11 @@ class TensorReader:
             index = _first(wrong)
             raise InvalidInput(f"{_place(index)} is {array[index]}; the model takes whole numbers, {low} to {high}")
         return torch.from_numpy(array.astype(np.int64)).to(self.dtype)
+
+
+def _outside(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The rows of whole numbers that hold one which 64 bits do not."""
+    return np.flatnonzero((array > np.iinfo(np.int64).max).reshape(len(array), -1).any(axis=1))
 
 
 def _numbers(value: Any) -> np.ndarray[Any, Any]:
@@ -168,9 +202,11 @@ def stack(items: Sequence[torch.Tensor], *, pin: bool) -> torch.Tensor:
     """The batch of some inputs of one shape, on the CPU: ``(n, *shape)``.
 
     Args:
-        items: what `TensorReader.read` or an image transform returned.
+        items: what `TensorReader.read` or an image transform returned; or the batch itself.
         pin: stack into page-locked memory, from where a GPU copies without waiting.
     """
+    if isinstance(items, torch.Tensor):
+        return items.pin_memory() if pin else items
     if not pin:
         return torch.stack(list(items))
     batch = torch.empty((len(items), *items[0].shape), dtype=items[0].dtype, pin_memory=True)

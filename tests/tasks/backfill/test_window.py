@@ -72,8 +72,8 @@ def test_a_chunk_has_one_owner(window):
     assert window.claim(7, "b")
 
 
-def test_the_claim_of_a_silent_owner_ends(window, monkeypatch):
-    monkeypatch.setattr(module, "CLAIM_S", 0.05)
+def test_the_claim_of_a_silent_owner_ends(client):
+    window = Window(client, "job", claim_s=0.05)
     assert window.claim(7, "a")
     time.sleep(0.1)
     assert window.traffic() == Traffic(0, 0)
@@ -101,8 +101,8 @@ def test_after_a_flush_the_owner_goes_on_and_nobody_else_is_blocked(window, clie
     assert window.top_up([3, 4], most=5) == [4]
 
 
-def test_a_cursor_survives_the_death_of_its_owner_and_ends_with_the_chunk(window, client, monkeypatch):
-    monkeypatch.setattr(module, "CLAIM_S", 0.05)
+def test_a_cursor_survives_the_death_of_its_owner_and_ends_with_the_chunk(client):
+    window = Window(client, "job", claim_s=0.05)
     window.claim(3, "a")
     window.note(3, Cursor(first=64, count=32))
     time.sleep(0.1)

@@ -6,6 +6,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from nograd.tasks.errors import InvalidInput, ModelFailed, OutputMismatch
@@ -222,3 +225,39 @@ def test_what_json_cannot_hold_is_named(value):
 def test_nonfinite_predictions_stay_what_they_are():
     assert math.isnan(to_json(torch.tensor(NAN)))
     assert to_json(torch.tensor([INF, 1])) == [INF, 1]
+
+
+NUMBERS = hnp.arrays(
+    dtype=st.sampled_from([np.float64, np.float32, np.int64, np.uint64, np.bool_]),
+    shape=hnp.array_shapes(min_dims=2, max_dims=3, min_side=1, max_side=5),
+    elements=None,
+)
+
+
+@given(
+    array=NUMBERS,
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool]),
+    allow_nonfinite=st.booleans(),
+)
+def test_many_rows_at_once_are_what_each_one_is(array, dtype, allow_nonfinite):
+    reader = TensorReader(dtype=dtype, allow_nonfinite=allow_nonfinite)
+    together, wrong = reader.read_rows(array)
+    alone = [outcome(reader, row) for row in array]
+    assert {index: err.message for index, err in wrong.items()} == {
+        index: each for index, each in enumerate(alone) if isinstance(each, str)
+    }
+    for index, each in enumerate(alone):
+        if not isinstance(each, str):
+            assert torch.equal(each.nan_to_num(7), together[index].nan_to_num(7))
+
+
+def outcome(reader, row):
+    try:
+        return reader.read(row)
+    except InvalidInput as err:
+        return err.message
+
+
+def test_rows_of_another_shape_are_refused_together():
+    with pytest.raises(InvalidInput, match="row has 2 values, the model takes 3"):
+        TensorReader(dtype=torch.float32, row=True, shape=(3,)).read_rows(np.zeros((5, 2)))

@@ -1,0 +1,86 @@
+"""Rows of a chunk on their way over the device: one item of the batch queue, a batch by itself.
+
+Law: the rows of a block meet no others in a forward. A batch of a backfill is the same in every attempt, also beside
+online jobs, so its predictions are the same to the last bit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nograd.tasks.errors import JobError, NogradError
+from nograd.tasks.keys import BULK
+from nograd.tasks.predict import Outcome
+from nograd.workers.batching import Item
+
+_numbers = itertools.count()
+
+
+class Block:
+    """A batch, and what becomes of it; the engine's `Job`.
+
+    Attributes:
+        id: of the chunk's message, for logs.
+        delivery: the chunk's message: what is suspected if the process dies over these rows.
+        params: of the model.
+        rows: prepared inputs: a tensor ``(n, …)``, or a sequence.
+        segments: ``(start, stop, outputs or error)``, once `wait` has returned: together they cover the rows.
+        split: where to say that it did not fit into one forward.
+    """
+
+    __slots__ = ("_done", "delivery", "id", "params", "rows", "segments", "split")
+
+    def __init__(
+        self, task_id: str, delivery: Any, params: Mapping[str, Any], rows: Sequence[Any], split: list[str]
+    ) -> None:
+        self.id = task_id
+        self.delivery = delivery
+        self.params = params
+        self.rows = rows
+        self.segments: list[tuple[int, int, Sequence[Any] | NogradError]] = []
+        self.split = split
+        self._done = threading.Event()
+
+    def item(self, model: str) -> Item:
+        """What is put into the batch queue."""
+        return Item(model, ("block", next(_numbers)), self.rows, self, priority=BULK, block=True)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether all rows have their outcome, after so many seconds at most."""
+        return self._done.wait(timeout_s)
+
+    def settle(self, start: int, stop: int, outputs: Sequence[Any] | NogradError) -> None:
+        """Take the outputs of some rows, or the error they share. For the device thread."""
+        self.segments.append((start, stop, outputs))
+
+    def finish(self, fits: int | None) -> None:
+        """All rows have their outcome. For the device thread.
+
+        Args:
+            fits: rows that fitted into one forward, if all of them did not.
+        """
+        if fits is not None:
+            self.split.append(f"a batch of {len(self.rows)} rows ran out of memory and was run by {fits}")
+        covered = sum(stop - start for start, stop, _ in self.segments)
+        if covered != len(self.rows):
+            lost = JobError(f"{len(self.rows) - covered} rows of a batch have no outcome; this is a bug")
+            self.segments = [(0, len(self.rows), lost)]
+        self.segments.sort(key=lambda segment: segment[0])
+        self._done.set()
+
+    def resolve(self, index: int, outcome: Outcome, *_: Any) -> None:  # noqa: ARG002 - the engine's protocol
+        """The whole block fails."""
+        error = outcome.error if isinstance(outcome.error, NogradError) else JobError(str(outcome.error))
+        self.segments = [(0, len(self.rows), error)]
+        self._done.set()
+
+    def abandoned(self) -> bool:
+        """Never: a chunk that is given up takes no more rows to the device, and forgets those that are there."""
+        return False
+
+    def untouched(self) -> bool:
+        """No: its message is not given back by itself; the runner lets go of the whole chunk."""
+        return False

@@ -1,0 +1,288 @@
+"""Running a chunk on a worker: from the claim to the commit, and on to the next.
+
+Laws:
+
+* Nothing is committed but a whole chunk, every row of the plan in it as a prediction or a failure.
+* An attempt that is not the owner any more, was paused, or is on a worker that stops, leaves no trace; the chunk is
+  missing, and is run again.
+* What is wrong with the run and not with a row (a changed input, other weights, a full disk) pauses the backfill and
+  says why. Nobody runs into it a thousand times over.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Protocol
+
+from celery.exceptions import Reject
+
+from nograd.tasks.backfill import commit, plan
+from nograd.tasks.backfill.budget import OVER_BUDGET, allowed_failures
+from nograd.tasks.backfill.fingerprint import identify, model_changes, version_changes
+from nograd.tasks.backfill.output import PartWriter
+from nograd.tasks.backfill.plan import Job, ModelIdentity
+from nograd.tasks.backfill.pump import pump
+from nograd.tasks.backfill.sources import Reader, open_reader, reader_of
+from nograd.tasks.backfill.store import open_store
+from nograd.tasks.backfill.task import ChunkCall, Sample, hints_of, send_chunk
+from nograd.tasks.backfill.window import Window
+from nograd.tasks.errors import BackfillError, OutputError, PlanChanged, SourceError, UnknownModel
+from nograd.tasks.modelfile import ModelFile
+from nograd.workers.engine import Engine
+from nograd.workers.models import HostedModel
+
+from .attempt import Attempt, GivenUp, hint
+from .block import Block
+from .measure import Measurement
+from .scoring import Device, scorer_for
+
+logger = logging.getLogger(__name__)
+
+#: times a chunk is tried again, with a growing pause, when inputs or output do not answer
+RETRIES = 3
+#: libraries whose versions stand in the plan, by the loader that uses them
+_LIBRARIES = {"torchvision": "torchvision", "transformers": "transformers", "lightning": "lightning"}
+
+
+class Hold(Protocol):
+    """What scoring asks of whoever holds the rows; see `Attempt`."""
+
+    def check(self) -> None:
+        """Raise `GivenUp` if the rows are not wanted from here any more."""
+
+    def note(self, first: int, count: int) -> None:
+        """These rows are under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class BoundTask:
+    """One message of a backfill's tasks, as the worker runs it.
+
+    Attributes:
+        celery: the task, bound to its request.
+        delivery: the message, for the transport.
+    """
+
+    celery: Any
+    delivery: Any
+
+    def again(self, seconds: float) -> Exception:
+        """To be raised: the message comes back after so long."""
+        retry: Exception = self.celery.retry(countdown=seconds, throw=False)
+        return retry
+
+
+class ChunkRunner:
+    """What a worker does with the tasks of backfills. Several threads may use it.
+
+    Args:
+        engine: the device thread and its models.
+        file: the model file they are from.
+        client: Redis, for hints.
+        worker: name of this worker, for the commit records.
+        threads: CPU threads that prepare rows.
+        claim_s: seconds a worker may be silent before its chunk is given to another.
+    """
+
+    def __init__(
+        self, engine: Engine, file: ModelFile, client: Any, worker: str, *, threads: int, claim_s: float
+    ) -> None:
+        self._engine = engine
+        self._file = file
+        self._client = client
+        self._worker = worker
+        self._claim_s = claim_s
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="nograd-rows")
+        self._mine = threading.local()
+        self._identities: dict[str, ModelIdentity] = {}
+        #: set when the worker stops: chunks are given up at the next batch
+        self.closing = threading.Event()
+
+    # -- nograd.run_chunk --------------------------------------------------------------------------------------------
+
+    def run_chunk(self, task: BoundTask, call: ChunkCall) -> dict[str, Any]:
+        """Run a chunk, unless it is done, unwanted or somebody else's; then see to it that the backfill goes on.
+
+        Raises:
+            celery.exceptions.Reject: if the worker stops: another one gets the message.
+            celery.exceptions.Retry: if it has to be looked at again later.
+        """
+        window: Window | None = None
+        try:
+            job, _ = self._open(call)
+            window = Window(self._client, hints_of(job), self._claim_s)
+            told = self._attempt(task, call, job, window)
+            pump(job, window, lambda chunk: send_chunk(task.celery.app, job, chunk, call.budget))
+        except GivenUp as err:
+            logger.info("chunk %d of %s is given up: %s", call.chunk, call.out, err)
+            if err.requeue:
+                raise Reject(str(err), requeue=True) from err
+            return {"chunk": call.chunk, "given_up": str(err)}
+        except (SourceError, OutputError) as err:
+            tries = task.celery.request.retries
+            if tries < RETRIES:
+                raise task.again(2.0 ** (tries + 1)) from err
+            return self._stop(window, call, err)
+        except BackfillError as err:
+            return self._stop(window, call, err)
+        except UnknownModel as err:  # it was unloaded here; the message is another worker's
+            raise Reject(err.message, requeue=True) from err
+        return told
+
+    def _attempt(self, task: BoundTask, call: ChunkCall, job: Job, window: Window) -> dict[str, Any]:
+        wish = window.wish
+        if wish in ("pause", "cancel"):
+            window.forget(call.chunk)
+            raise GivenUp(f"{wish} is wanted")
+        if commit.settled(job.store, job.plan, call.chunk) is not None:
+            window.forget(call.chunk)
+            return {"chunk": call.chunk, "won": False}
+        model, deviations = self._model(job)
+        attempt = Attempt(window, call.chunk, self.closing)
+        with attempt.held() as ours:
+            if not ours:
+                # Its owner is alive, or was until a moment ago: whoever was killed holds it for so long.
+                raise task.again(self._claim_s / 2)
+            split: list[str] = []
+            device = self._device(task, model, job.plan.parameters, attempt, split)
+            started_at = time.time()
+            part = self._score(call, job, model, device, attempt)
+            attempt.check()
+            done = commit.commit(
+                job.store, job.plan, call.chunk, part,
+                started_at=started_at, ended_at=time.time(), worker=self._worker, deviations=[*deviations, *split],
+            )  # fmt: skip
+        record = done.record
+        if done.won:
+            with hint():
+                self._mind_the_budget(window, job, call, record)
+        return {"chunk": call.chunk, "won": done.won, "rows_ok": record.rows_ok, "rows_err": record.rows_err}
+
+    def _score(self, call: ChunkCall, job: Job, model: HostedModel, device: Device, attempt: Attempt) -> commit.Part:
+        _, reader = self._open(call)
+        extents = job.extents(call.chunk)
+        scorer = scorer_for(
+            model, job.plan.source, job.plan.parameters, device, self._threads,
+            batch_rows=job.plan.batch_rows, killers=attempt.suspects.killers,
+        )  # fmt: skip
+        if attempt.suspects.probe:
+            for piece in reader.slices(extents, rows=1):
+                if attempt.suspects.is_probed(piece.position, attempt.leave):
+                    list(scorer.score([piece]))
+            attempt.suspects.probe = range(0)
+        writer = PartWriter(job.plan, call.chunk, sum(extent.count for extent in extents))
+        for scored in scorer.score(reader.slices(extents, rows=job.plan.batch_rows)):
+            writer.add(scored.piece, scored.predictions, scored.failures)
+        return writer.finish()
+
+    def _mind_the_budget(self, window: Window, job: Job, call: ChunkCall, record: commit.CommitRecord) -> None:
+        failed, _ = window.count_failures(record.rows_err, record.rows_ok + record.rows_err)
+        if call.budget is not None and failed > allowed_failures(call.budget, job.plan.rows):
+            window.stop(f"{OVER_BUDGET}: {failed} failed rows of {job.plan.rows} planned ones")
+
+    def _stop(self, window: Window | None, call: ChunkCall, err: BackfillError) -> dict[str, Any]:
+        logger.error("the backfill in %s is paused: %s", call.out, err.message)
+        if window is not None:
+            with hint():
+                window.forget(call.chunk)
+                window.stop(err.message)
+        return {"chunk": call.chunk, "error": err.message}
+
+    # -- nograd.calibrate --------------------------------------------------------------------------------------------
+
+    def calibrate(self, task: BoundTask, sample: Sample) -> dict[str, Any]:
+        """Score some rows and throw the predictions away: how fast, how large, of which type.
+
+        Raises:
+            UnknownModel: if this worker has no such model any more.
+            SourceError: if the inputs cannot be read from here.
+        """
+        model = self._hosted(sample.model)
+        reader = reader_of(sample.source, lambda first, count: [sample.files[first + n] for n in range(count)])
+        batch_rows = model.spec.batch.max_items
+        device = self._device(task, model, sample.parameters, _Unclaimed(self.closing), [])
+        scorer = scorer_for(model, sample.source, sample.parameters, device, self._threads, batch_rows=batch_rows)
+        measurement = Measurement(sample.source)
+        try:
+            for extent in sample.extents:
+                seconds = sample.seconds / len(sample.extents)
+                measurement.watch(scorer, reader.slices([extent], rows=batch_rows), seconds)
+        except GivenUp as err:
+            raise Reject(str(err), requeue=True) from err
+        return measurement.result(batch_rows, self._identity(sample.model))
+
+    # -- what both need ----------------------------------------------------------------------------------------------
+
+    def _device(
+        self, task: BoundTask, model: HostedModel, params: Mapping[str, Any], hold: Hold, split: list[str]
+    ) -> Device:
+        settings, task_id = model.settings(params), str(task.celery.request.id)
+
+        def submit(block: Block) -> None:
+            if not self._engine.queue.put([block.item(model.name)]):
+                raise GivenUp("the worker stops", requeue=True)
+
+        return Device(
+            submit=submit,
+            check=hold.check,
+            block=lambda rows: Block(task_id, task.delivery, settings, rows, split),
+            note=hold.note,
+        )
+
+    def _open(self, call: ChunkCall) -> tuple[Job, Reader]:
+        """The plan and a reader of its inputs; of this thread, from the last chunk if that was of the same backfill."""
+        last: tuple[ChunkCall, Job, Reader] | None = getattr(self._mine, "last", None)
+        if last is None or (last[0].out, last[0].plan) != (call.out, call.plan):
+            job = plan.load(open_store(call.out))
+            if job.plan.sha256 != call.plan:
+                raise PlanChanged(f"{call.out} holds plan {job.plan.job}, the chunk is of plan {call.plan[:12]}")
+            last = (call, job, open_reader(job))
+            self._mine.last = last
+        return last[1], last[2]
+
+    def _model(self, job: Job) -> tuple[HostedModel, list[str]]:
+        """The model of a plan, if it is the one here; and in which versions of libraries it differs."""
+        planned = job.plan.model
+        model = self._hosted(planned.name)
+        mine = self._identity(planned.name)
+        changes = model_changes(planned, mine)
+        if changes:
+            raise PlanChanged(f"worker {self._worker}: {'; '.join(changes)}")
+        return model, version_changes(planned.versions, mine.versions)
+
+    def _hosted(self, name: str) -> HostedModel:
+        model = self._engine.models.get(name)
+        if model is None:
+            raise UnknownModel(f"worker {self._worker} has no model {name!r}")
+        return model
+
+    def _identity(self, name: str) -> ModelIdentity:
+        # Two threads may both compute it; it is the same.
+        if name not in self._identities:
+            spec = self._engine.models[name].spec
+            libraries = ["torch", *filter(None, [_LIBRARIES.get(spec.loader)])]
+            self._identities[name] = identify(
+                name, spec, self._file.folder, {each: version(each) for each in libraries}
+            )
+        return self._identities[name]
+
+
+@dataclass(frozen=True, slots=True)
+class _Unclaimed:
+    """The hold on rows that are nobody's: a calibration's."""
+
+    closing: threading.Event
+
+    def check(self) -> None:
+        """As of an `Attempt`."""
+        if self.closing.is_set():
+            raise GivenUp("the worker stops", requeue=True)
+
+    def note(self, first: int, count: int) -> None:
+        """Nothing: who dies over a calibration is asked again by nobody."""
