@@ -19,7 +19,7 @@
     └── JobError               stored as the outcome of one job
         ├── InvalidInput       this input will never work: fix it, do not retry
         ├── ModelFailed        the model raised on this input
-        ├── OutputMismatch     the model broke its contract (one output for each input)
+        ├── OutputMismatch     the model broke its contract on this input (one output for each)
         ├── NonFiniteOutput    the prediction holds NaN or infinity
         ├── DeadlinePassed     the job waited longer than it was allowed to
         ├── JobCancelled       somebody revoked it
@@ -153,7 +153,7 @@ class ModelFailed(JobError):  # noqa: N818 - a state, as the caller sees it
 
 
 class OutputMismatch(JobError):  # noqa: N818 - a state, as the caller sees it
-    """The model did not return one output for each input; its whole batch fails, since nobody knows whose is whose."""
+    """The model did not return exactly one output for this input, alone in its batch."""
 
     code = "output_mismatch"
 

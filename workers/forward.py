@@ -2,8 +2,9 @@
 
 Laws:
 
-* A model returns exactly one output for each input, or its whole batch fails loudly.
 * A forward that raises is split and run again until the culprit stands alone: one bad item never costs its neighbours.
+* So is one that returns another number of outputs than it had inputs: nobody knows whose is whose, so none of them is
+  used, and the log says so. An input whose outputs are not one, alone, has broken the contract.
 * A forward that runs out of memory is split as well, and nothing larger than what then fits is tried again; unless one
   input is found that does not fit alone: then it was its fault, and nothing is said of the others.
 * Whatever is raised, also what is no `Exception`, becomes the outcome of an item; except `DeviceLost`, after which
@@ -40,12 +41,10 @@ class _Failure:
     Attributes:
         error: what each of its items is told if no smaller batch helps.
         out_of_memory: whether it was for want of memory.
-        splits: whether a smaller batch may help.
     """
 
     error: JobError
     out_of_memory: bool = False
-    splits: bool = True
 
 
 def run_isolated(
@@ -78,9 +77,7 @@ def run_isolated(
                 on_outcome(item, Outcome(value=output))
             return
         for item in piece:
-            # An error of its own for each: whoever raises one adds to its traceback.
-            error = result if len(piece) == 1 else type(result)(result.message)
-            on_outcome(item, Outcome(error=error))
+            on_outcome(item, Outcome(error=result))
 
     return run_pieces(
         model,
@@ -111,7 +108,7 @@ def run_pieces(  # noqa: PLR0917 - two of them are what, five are how
         params: of the model.
         device: where the model is.
         on_forward: called with the members of each forward before it runs.
-        on_done: called with members and their outputs, or with members and the error they share.
+        on_done: called with members and their outputs, or with the one member that failed and its error.
 
     Returns:
         How many members fit into one forward, if more than that ran out of memory; else None.
@@ -133,11 +130,13 @@ def run_pieces(  # noqa: PLR0917 - two of them are what, five are how
         if result.out_of_memory:
             _free_memory()
             fits = len(piece) // 2 or None
-        if result.splits and len(piece) > 1:
+        if len(piece) > 1:
+            if isinstance(result.error, OutputMismatch):
+                logger.error("%s; none of them is used, and its halves are run by themselves", result.error.message)
             middle = len(piece) // 2
             pieces += [piece[middle:], piece[:middle]]
             continue
-        logger.warning("model %s failed on %d input(s): %s", model.name, len(piece), result.error.message)
+        logger.warning("model %s failed on one input: %s", model.name, result.error.message)
         on_done(piece, result.error)
     return fits
 
@@ -150,9 +149,6 @@ def _attempt(
         outputs = model.forward(inputs, params)
         if len(outputs) != len(inputs):
             raise OutputMismatch(f"model {model.name!r} returned {len(outputs)} outputs for {len(inputs)} inputs")
-    except OutputMismatch as err:
-        # Nobody knows whose output is whose, also not in a smaller batch.
-        return _Failure(err, splits=False)
     except JobError as err:
         return _Failure(err)
     except BaseException as err:

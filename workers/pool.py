@@ -151,7 +151,6 @@ class TaskPool(BasePool):  # type: ignore[misc]
         transport.throttle(self._room)
         self.chunks = ChunkRunner(
             engine,
-            file,
             self.app.backend.client,
             hostname,
             threads=resources.threads,

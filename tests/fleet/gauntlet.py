@@ -61,10 +61,6 @@ class Gauntlet:
         value.encode()
         raise ValueError("not a number")
 
-    def bucket(self, prepared):
-        # Its whole batch fails with it, since nobody knows whose output is whose: it has no company.
-        return prepared == "wrong output count"
-
     def forward(self, batch):
         if "exits" in batch:
             os._exit(7)

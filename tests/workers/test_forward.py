@@ -69,12 +69,21 @@ def test_whoever_raises_fails_alone(bad, error):
     assert len(set(map(id, errors))) == len(errors)  # each its own: raising one adds to its traceback
 
 
-@pytest.mark.parametrize("answer", [[], [1], [1] * 5, [1] * 100])
-def test_another_number_of_outputs_than_inputs_fails_the_whole_batch_at_once(answer):
-    outcomes, model, _ = run(lambda batch: answer, range(4))
+@pytest.mark.parametrize("answer", [[], [1] * 5, [1] * 100])
+def test_no_output_is_used_while_there_is_another_number_of_them_than_of_inputs(answer):
+    outcomes, _, _ = run(lambda batch: answer, range(4))
     assert [type(outcome.error) for outcome in outcomes] == [OutputMismatch] * 4
-    assert f"{len(answer)} outputs for 4 inputs" in str(outcomes[0].error)
-    assert model.sizes == [4]
+    assert f"{len(answer)} outputs for 1 inputs" in str(outcomes[0].error)
+
+
+@pytest.mark.parametrize("bad", [{0}, {9}, {3, 4}, {2, 5, 7}], ids=str)
+@pytest.mark.parametrize("times", [0, 2])
+def test_whoever_gets_another_number_of_outputs_fails_alone(bad, times, caplog):
+    outcomes, _, _ = run(lambda batch: [n for n in batch for _ in range(times if n in bad else 1)], range(10))
+    assert [type(outcome.error) if outcome.error else outcome.value for outcome in outcomes] == [
+        OutputMismatch if n in bad else n for n in range(10)
+    ]
+    assert "outputs for 10 inputs; none of them is used" in caplog.text
 
 
 MEMORY = [

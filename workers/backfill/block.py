@@ -28,10 +28,11 @@ class Block:
         params: of the model.
         rows: prepared inputs: a tensor ``(n, …)``, or a sequence.
         segments: ``(start, stop, outputs or error)``, once `wait` has returned: together they cover the rows.
+        dropped: the model was unloaded before the rows got to the device.
         split: where to say that it did not fit into one forward.
     """
 
-    __slots__ = ("_done", "delivery", "id", "params", "rows", "segments", "split")
+    __slots__ = ("_done", "delivery", "dropped", "id", "params", "rows", "segments", "split")
 
     def __init__(
         self, task_id: str, delivery: Any, params: Mapping[str, Any], rows: Sequence[Any], split: list[str]
@@ -42,6 +43,7 @@ class Block:
         self.rows = rows
         self.segments: list[tuple[int, int, Sequence[Any] | NogradError]] = []
         self.split = split
+        self.dropped = False
         self._done = threading.Event()
 
     def item(self, model: str) -> Item:
@@ -83,4 +85,10 @@ class Block:
 
     def untouched(self) -> bool:
         """No: its message is not given back by itself; the runner lets go of the whole chunk."""
+        return False
+
+    def claim(self) -> bool:
+        """Whether whoever gives back the jobs of an unloaded model may do so with this one: no, the runner does."""
+        self.dropped = True
+        self._done.set()
         return False

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 from celery.exceptions import Reject
 
@@ -33,7 +34,6 @@ from nograd.tasks.backfill.store import open_store
 from nograd.tasks.backfill.task import ChunkCall, Sample, hints_of, send_chunk
 from nograd.tasks.backfill.window import Window
 from nograd.tasks.errors import BackfillError, OutputError, PlanChanged, SourceError, UnknownModel
-from nograd.tasks.modelfile import ModelFile
 from nograd.workers.engine import Engine
 from nograd.workers.models import HostedModel
 
@@ -83,24 +83,20 @@ class ChunkRunner:
 
     Args:
         engine: the device thread and its models.
-        file: the model file they are from.
         client: Redis, for hints.
         worker: name of this worker, for the commit records.
         threads: CPU threads that prepare rows.
         claim_s: seconds a worker may be silent before its chunk is given to another.
     """
 
-    def __init__(
-        self, engine: Engine, file: ModelFile, client: Any, worker: str, *, threads: int, claim_s: float
-    ) -> None:
+    def __init__(self, engine: Engine, client: Any, worker: str, *, threads: int, claim_s: float) -> None:
         self._engine = engine
-        self._file = file
         self._client = client
         self._worker = worker
         self._claim_s = claim_s
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="nograd-rows")
         self._mine = threading.local()
-        self._identities: dict[str, ModelIdentity] = {}
+        self._identities: WeakKeyDictionary[HostedModel, ModelIdentity] = WeakKeyDictionary()
         #: set when the worker stops: chunks are given up at the next batch
         self.closing = threading.Event()
 
@@ -263,14 +259,13 @@ class ChunkRunner:
         return model
 
     def _identity(self, name: str) -> ModelIdentity:
-        # Two threads may both compute it; it is the same.
-        if name not in self._identities:
-            spec = self._engine.models[name].spec
-            libraries = ["torch", *filter(None, [_LIBRARIES.get(spec.loader)])]
-            self._identities[name] = identify(
-                name, spec, self._file.folder, {each: version(each) for each in libraries}
-            )
-        return self._identities[name]
+        # Two threads may both compute it; it is the same. A model that is loaded again is another object.
+        model = self._hosted(name)
+        if model not in self._identities:
+            libraries = ["torch", *filter(None, [_LIBRARIES.get(model.spec.loader)])]
+            versions = {each: version(each) for each in libraries}
+            self._identities[model] = identify(name, model.spec, model.file.parent, versions)
+        return self._identities[model]
 
 
 @dataclass(frozen=True, slots=True)

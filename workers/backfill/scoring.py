@@ -23,7 +23,7 @@ import torch
 
 from nograd.tasks.backfill.plan import SourceSpec
 from nograd.tasks.backfill.rows import RowFailure, Slice, Stage
-from nograd.tasks.errors import InvalidInput, NogradError, SourceError, WorkerDied
+from nograd.tasks.errors import InvalidInput, NogradError, SourceError, UnknownModel, WorkerDied
 from nograd.workers.engine import as_invalid
 from nograd.workers.models import HostedModel
 from nograd.workers.models.tensor_model import TensorModel
@@ -71,9 +71,15 @@ class Device:
     note: Callable[[int, int], None]
 
     def wait(self, block: Block) -> Block:
-        """Wait for a block, checking meanwhile."""
+        """Wait for a block, checking meanwhile.
+
+        Raises:
+            UnknownModel: if its model was unloaded.
+        """
         while not block.wait(0.25):
             self.check()
+        if block.dropped:
+            raise UnknownModel("the model was unloaded")
         return block
 
 
