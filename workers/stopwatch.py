@@ -96,7 +96,7 @@ class Stopwatch:
 def _queue_s(request: Mapping[str, Any], here_s: float) -> float | None:
     """Seconds from sending to reception; whoever sends writes what it likes."""
     properties = request.get("properties")
-    sent = properties.get("timestamp") if isinstance(properties, Mapping) else None
+    sent = properties.get("timestamp") if isinstance(properties, dict) else None
     if isinstance(sent, bool) or not isinstance(sent, int | float) or not abs(sent) < _LAST_TIMESTAMP:
         return None
     return round(max(0.0, time.time() - here_s - sent), _DIGITS)
