@@ -35,7 +35,7 @@ from .faults import DeviceLost
 from .forward import run_isolated, run_pieces
 from .memory import MemoryBudget
 from .models import HostedModel, open_model
-from .models.version import fingerprint
+from .models.version import fingerprint, identify
 from .models.warmup import warm_up
 from .resources import show_size
 from .stopwatch import Forward
@@ -249,7 +249,8 @@ class Engine:
         self.memory.open()
         try:
             model.load(self.device)
-            model.version = fingerprint(model)
+            model.parts = identify(model)
+            model.version = fingerprint(model.parts)
             warm_up(model)
             self.memory.close(model)
         except torch.OutOfMemoryError as err:

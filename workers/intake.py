@@ -89,7 +89,7 @@ class Intake:
         return room
 
     def came(self, *, bulk: bool) -> None:
-        """A message has been fetched. For one thread: at thousands a second, a lock shared with others costs it much."""
+        """A message has been fetched. One thread calls this: a lock shared with others would cost it much."""
         self._lanes[bulk].came += 1
 
     def read(self, items: int, *, bulk: bool) -> None:

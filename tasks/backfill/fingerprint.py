@@ -7,68 +7,16 @@ nobody can explain. So it is refused, and says what to put back.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import msgspec
+from nograd.tasks.errors import PlanChanged
 
-from nograd.tasks.errors import ModelFileError, PlanChanged
-from nograd.tasks.modelfile import AnySpec
-
-from .plan import Job, ModelIdentity, digest, encode
+from .plan import Job, ModelIdentity, encode
 from .sources import find, sha256_of
 from .sources.base import file_change
 
 #: changes named one by one; the rest is counted
 _NAMED = 20
-#: keys of a model that decide how fast it is asked and not what it answers
-_NO_MATTER = frozenset({"batch", "timeout_s", "hard_timeout_s", "example"})
-
-
-def identify(name: str, spec: AnySpec, folder: Path, versions: Mapping[str, str] | None = None) -> ModelIdentity:
-    """What a model is, from its table in the model file and the files this names; nothing is imported or loaded.
-
-    Every value that names a file or folder is replaced by the hash of its content, and so is the module of a class.
-    What a model downloads by name (a hub's, torchvision's enums) is known by that name alone.
-
-    Args:
-        name: of the model.
-        spec: its table.
-        folder: of the model file.
-        versions: of the libraries that run it.
-
-    Raises:
-        ModelFileError: if a file cannot be read.
-    """
-    parts: dict[str, str] = {}
-    for key, value in sorted(msgspec.to_builtins(spec).items()):
-        if key in _NO_MATTER or value is None:
-            continue
-        path = _file_of(key, value, folder)
-        try:
-            parts[f"{key} {value}" if path else key] = _hash(path) if path else encode(value).decode()
-        except OSError as err:
-            raise ModelFileError(f"{path}: cannot be read: {err.strerror or err}") from err
-    return ModelIdentity(name=name, parts=parts, versions=dict(versions or {}))
-
-
-def _file_of(key: str, value: Any, folder: Path) -> Path | None:
-    """The file or folder a value of the model file names."""
-    if not isinstance(value, str) or not value:
-        return None
-    if key in {"class", "transform"} and ":" in value:
-        module = value.split(":", 1)[0].replace(".", "/")
-        places = [base / f"{module}{ending}" for base in (folder, Path.cwd()) for ending in (".py", "/__init__.py")]
-    else:
-        places = [folder / Path(value).expanduser()]
-    return next((place for place in places if place.exists()), None)
-
-
-def _hash(path: Path) -> str:
-    if path.is_file():
-        return sha256_of(str(path))
-    files = sorted(entry for entry in path.rglob("*") if entry.is_file() and "__pycache__" not in entry.parts)
-    return digest([[entry.relative_to(path).as_posix(), sha256_of(str(entry))] for entry in files])
 
 
 def model_changes(planned: ModelIdentity, now: ModelIdentity) -> list[str]:

@@ -104,7 +104,7 @@ class ModelIdentity(_Frozen, frozen=True, kw_only=True):
 
     Attributes:
         name: as in the model file.
-        parts: what it consists of → digest or value: ``weights model.pth`` → sha256, ``dtype`` → ``"bfloat16"``.
+        parts: key of its table in the model file → value, or digest of what that names.
         versions: the libraries that run it; they stand in the parts' metadata. A difference is a deviation, no change.
     """
 

@@ -105,7 +105,13 @@ class LocalStore:
         path = self.root / name
         with refusals(str(path), "write"):
             self._make(path.parent)
-            (self.root / self.stage(data)).replace(path)
+            while True:
+                try:
+                    (self.root / self.stage(data)).replace(path)
+                    break
+                except FileNotFoundError:  # whoever closes the output at the same moment has swept it away
+                    if not self.root.exists():
+                        raise
             _sync(path.parent)
 
     def read(self, name: str) -> bytes:

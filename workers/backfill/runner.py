@@ -19,13 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 from celery.exceptions import Reject
 
 from nograd.tasks.backfill import commit, plan
 from nograd.tasks.backfill.budget import OVER_BUDGET, allowed_failures
-from nograd.tasks.backfill.fingerprint import identify, model_changes, version_changes
+from nograd.tasks.backfill.fingerprint import model_changes, version_changes
 from nograd.tasks.backfill.output import PartWriter
 from nograd.tasks.backfill.plan import Job, ModelIdentity
 from nograd.tasks.backfill.pump import pump
@@ -96,7 +95,6 @@ class ChunkRunner:
         self._claim_s = claim_s
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="nograd-rows")
         self._mine = threading.local()
-        self._identities: WeakKeyDictionary[HostedModel, ModelIdentity] = WeakKeyDictionary()
         #: set when the worker stops: chunks are given up at the next batch
         self.closing = threading.Event()
 
@@ -259,13 +257,9 @@ class ChunkRunner:
         return model
 
     def _identity(self, name: str) -> ModelIdentity:
-        # Two threads may both compute it; it is the same. A model that is loaded again is another object.
         model = self._hosted(name)
-        if model not in self._identities:
-            libraries = ["torch", *filter(None, [_LIBRARIES.get(model.spec.loader)])]
-            versions = {each: version(each) for each in libraries}
-            self._identities[model] = identify(name, model.spec, model.file.parent, versions)
-        return self._identities[model]
+        libraries = ["torch", *filter(None, [_LIBRARIES.get(model.spec.loader)])]
+        return ModelIdentity(name=name, parts=dict(model.parts), versions={each: version(each) for each in libraries})
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,10 +34,12 @@ class HostedModel(ABC):
         spec: what the model file says of it.
         file: the model file; relative paths in it are relative to its folder.
         version: fingerprint of what makes its predictions (`nograd.workers.models.version`); empty until it is loaded.
+        parts: what that is the fingerprint of.
         revision: commit of a model from a hub, if `load` learned it.
     """
 
     version: str = ""
+    parts: Mapping[str, str] = {}
     revision: str | None = None
 
     def __init__(self, name: str, spec: AnySpec, file: Path) -> None:

@@ -1,6 +1,6 @@
-"""Which model made a prediction: one short fingerprint of all that decides it.
+"""Which model made a prediction: all that decides it, part by part, and in one short fingerprint.
 
-It is made of
+The parts are
 
 * the model's table in the model file, without what only decides when it runs (`OPERATIONAL`); a key left at its default
   counts as absent, so that a new key of a later nograd changes nothing;
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,17 +36,29 @@ _CODE = frozenset({"class", "transform"})
 LENGTH = 12
 
 
-def fingerprint(model: HostedModel) -> str:
-    """The fingerprint of a model that is loaded: its classes are imported, its files there.
+def identify(model: HostedModel) -> dict[str, str]:
+    """The parts of a model that is loaded: its classes are imported, its files there.
 
     Reads all its files once more, which takes about a second for each gigabyte.
+
+    Returns:
+        The key of the table → its value as JSON, or the digest of what it names.
 
     Raises:
         ModelFileError: if one of them cannot be read.
     """
-    table = {key: _contents(model, key, value) for key, value in _table(model.spec).items()}
-    parts = msgspec.json.encode([model.spec.loader, table, model.revision], order="deterministic")
-    return hashlib.sha256(parts).hexdigest()[:LENGTH]
+    parts = {key: _text(_contents(model, key, value)) for key, value in _table(model.spec).items()}
+    revision = {"revision": model.revision} if model.revision else {}
+    return {"loader": model.spec.loader, **parts, **revision}
+
+
+def fingerprint(parts: Mapping[str, str]) -> str:
+    """The parts of a model in short."""
+    return hashlib.sha256(msgspec.json.encode(parts, order="deterministic")).hexdigest()[:LENGTH]
+
+
+def _text(value: Any) -> str:
+    return msgspec.json.encode(value, order="deterministic").decode()
 
 
 def _table(spec: AnySpec) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 
 from nograd.tasks.modelfile import load_model_file
 from nograd.workers.models import open_model
-from nograd.workers.models.version import fingerprint
+from nograd.workers.models.version import fingerprint, identify
 
 CODE = """
 from torch import nn
@@ -51,7 +51,7 @@ def version(tmp_path, user_code):
         path.write_text(f"[{name}]\n{table.format(module=module)}")
         model = open_model(load_model_file(path), name)
         model.load(torch.device("cpu"))
-        return fingerprint(model)
+        return fingerprint(identify(model))
 
     of.code = tmp_path / f"{module}.py"
     return of
@@ -130,7 +130,7 @@ def test_a_transformers_folder_counts_with_all_its_files(tmp_path):
     def version():
         model = open_model(load_model_file(path), "it")
         model.load(torch.device("cpu"))
-        return fingerprint(model)
+        return fingerprint(identify(model))
 
     first = version()
     (folder / ".cache").mkdir()
