@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Any
@@ -14,7 +15,7 @@ from celery.signals import celeryd_init, import_modules
 from kombu import Queue
 
 from .errors import ConfigError, InvalidInput
-from .keys import PREDICT_TASK, queue_name
+from .keys import LOG_JOBS, PREDICT_TASK, queue_name
 from .modelfile import load_model_file
 from .settings import Settings
 
@@ -159,6 +160,9 @@ def _configure_own_worker(instance: Any = None, options: dict[str, Any] | None =
     except ConfigError as err:
         sys.stderr.write(f"nograd: the worker does not start: {err.message}\n")
         raise SystemExit(2) from err
+    if os.environ.get(LOG_JOBS) == "0":
+        for name in ("celery.worker.strategy", "celery.app.trace"):
+            logging.getLogger(name).setLevel(logging.WARNING)
     other = os.environ.get("CELERY_BROKER_URL")  # also where `celery -b` puts its argument
     if other and other != settings.redis_url:
         sys.stderr.write("nograd: CELERY_BROKER_URL and `celery -b` are not read here; set NOGRAD_REDIS_URL\n")

@@ -37,6 +37,9 @@ LAST_WORDS_TTL_S: Final = 24 * 3600
 #: seconds a result is kept if nobody says otherwise (``NOGRAD_RESULT_TTL_S``)
 RESULT_TTL_S: Final = 24 * 3600
 
+#: environment variable; ``0`` keeps Celery's two lines for each job out of a worker's log, as ``nograd worker`` does
+LOG_JOBS: Final = "NOGRAD_LOG_JOBS"
+
 #: seconds a worker may be silent before its jobs are given to others (``NOGRAD_LEASE_S``)
 LEASE_S: Final = 30
 

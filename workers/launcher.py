@@ -29,7 +29,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from nograd.tasks.errors import ConfigError
-from nograd.tasks.keys import queue_name
+from nograd.tasks.keys import LOG_JOBS, queue_name
 from nograd.tasks.lifeline import end_with_parent
 from nograd.tasks.modelfile import load_model_file
 
@@ -208,7 +208,9 @@ def _worker(gpu: str, env: Mapping[str, str], celery_args: Sequence[str]) -> _Wo
     # this one came up; a revoke is a request to those that are up.
     command = [sys.executable, "-m", "celery", "-A", "nograd.tasks", "worker", "--without-gossip", "--without-mingle"]
     if not any(arg.startswith(("-l", "--loglevel")) for arg in celery_args):
+        # At thousands of jobs a second two lines for each are most of a log and a good part of the work.
         command += ["--loglevel", "INFO"]
+        env = {**env, LOG_JOBS: env.get(LOG_JOBS, "0")}
     if not any(arg.startswith(("-n", "--hostname")) for arg in celery_args):
         command += ["--hostname", f"nograd-{_name(gpu)}-{os.getpid()}@%h"]
     return _Worker(gpu, [*command, *celery_args], {**env, "CUDA_VISIBLE_DEVICES": gpu})

@@ -215,6 +215,15 @@ def test_a_worker_keeps_to_its_share_of_the_cores_and_to_the_models_it_is_given(
         stats = client.broker.workers(timeout_s=3)["frugal@here"]
         assert stats["threads"] == {"prepare": 7, "torch": 7, "torch_interop": 7}
         assert list(stats["models"]) == ["threads"]
+    assert "succeeded" not in launched.text()  # a worker's log tells of the worker, not of each job
+
+
+def test_who_asks_for_a_log_level_reads_of_each_job(launch, redis_url):
+    with launch("none", "--", "-l", "INFO") as launched, Client(redis_url) as client:
+        launched.until_ready()
+        job = client.submit("double", 2)
+        assert job.result(30) == 4
+        launched.until(lambda: f"{job.id}] succeeded" in launched.text(), 10)
 
 
 def test_only_a_model_of_the_file_can_be_asked_for(launch):
