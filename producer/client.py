@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import itertools
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeAlias
 import msgspec
 
 from nograd.tasks import Settings, app, create_app
-from nograd.tasks.errors import BrokerUnavailable, ConfigError, InvalidInput, NogradError, UnknownModel
+from nograd.tasks.errors import BackfillError, BrokerUnavailable, ConfigError, InvalidInput, NogradError, UnknownModel
 from nograd.tasks.keys import BULK, INTERACTIVE
 from nograd.tasks.modelfile import load_model_file
 from nograd.tasks.payloads import encode_input
@@ -31,12 +32,17 @@ if TYPE_CHECKING:
 
     from nograd.tasks.modelfile import InputKind
 
+    from .backfill.backfill import Backfill
+    from .backfill.planning import Request, Source
+
 #: seconds the models found in Redis are believed; a name that is not among them is always looked up again
 REGISTRY_CACHE_S = 5.0
 #: inputs of an iterator that `Client.submit_many` encodes, checks and sends at a time
 SUBMIT_CHUNK = 1000
 #: packs in flight in `Client.map` unless the caller says otherwise: what a few workers hold, so that none runs dry
 PACKS_IN_FLIGHT = 16
+#: what `nograd.tasks.backfill.task.hints_of` makes
+_BACKFILL_ID = re.compile(r"[0-9a-f]{12}-[0-9a-f]{8}")
 
 
 #: what callers may say of a job, and Celery's priority for it
@@ -238,6 +244,90 @@ class Client:
         if card is None:
             raise UnknownModel(_unknown(model, sorted({*self._file_cards, *self._registry_cards})))
         return card
+
+    def backfill(
+        self,
+        model: str,
+        source: Source,
+        out: str | Path,
+        *,
+        error_budget: str | float | None = None,
+        **options: Any,
+    ) -> Backfill:
+        """A backfill of a folder; nothing happens before `Backfill.run`, `Backfill.start` or `Backfill.plan`.
+
+        Args:
+            model: a known model.
+            source: a file, folder, glob or URL, ``@file`` for a list of those, or several of them.
+            out: the output folder, a path or URL; workers write there, so it must be theirs, too.
+            error_budget: failed rows at which it stops: ``"1%"``, ``0.01`` or ``100``; None for never, or, on a resume,
+                as before.
+            **options: as of `backfill_request`.
+
+        Raises:
+            ConfigError: for an unknown option or a wrong budget.
+            InvalidInput: if the parameters cannot be sent.
+            OutputError: if the output's protocol is not known.
+        """
+        from .backfill.backfill import Backfill
+
+        return Backfill(self, out, self.backfill_request(model, source, **options), error_budget=error_budget)
+
+    def backfill_request(
+        self,
+        model: str,
+        source: Source,
+        *,
+        limit: int | None = None,
+        sample: int | None = None,
+        seed: int = 0,
+        params: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Request:
+        """What is to be scored, without saying whereto.
+
+        Args:
+            model: a known model.
+            source: as of `backfill`.
+            limit: only the first so many rows.
+            sample: only so many rows at random out of those.
+            seed: of the sample.
+            params: override the model's default parameters.
+            **options: ``id``, ``columns``, ``join``, ``kind``, ``options``, ``content``, ``allow_null``, ``output``,
+                ``duplicates`` and ``rows_per_chunk``; see `nograd.producer.backfill.planning.Request`.
+
+        Raises:
+            ConfigError: for an unknown option.
+            InvalidInput: if the parameters cannot be sent.
+        """
+        from nograd.tasks.backfill.plan import Selection
+
+        from .backfill.planning import Request
+
+        unknown = sorted(set(options) - {field.name for field in dataclasses.fields(Request)})
+        if unknown:
+            raise ConfigError(f"a backfill has no option {unknown[0]!r}")
+        selection = Selection(limit=limit, sample=sample, seed=seed)
+        return Request(model=model, source=source, selection=selection, params=_encode_params(params) or {}, **options)
+
+    def backfill_at(self, out: str | Path, *, error_budget: str | float | None = None) -> Backfill:
+        """The backfill of an output folder, whoever started it; or that with an id, while Redis remembers its folder.
+
+        Raises:
+            BackfillError: if it looks like an id, and Redis knows no such backfill.
+            BrokerUnavailable: if it looks like an id, and Redis does not answer.
+        """
+        from nograd.tasks.backfill.window import Window
+
+        from .backfill.backfill import Backfill
+
+        if _BACKFILL_ID.fullmatch(str(out)) and not Path(out).exists():
+            with self.broker.errors():
+                found = Window(self.app.backend.client, str(out)).out
+            if found is None:
+                raise BackfillError(f"Redis knows no backfill {out}; name its output folder")
+            out = found
+        return Backfill(self, out, error_budget=error_budget)
 
     def close(self) -> None:
         """End the waiting thread and, if the client was made for a URL of its own, its connections."""

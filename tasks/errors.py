@@ -15,6 +15,8 @@
     │   ├── OutputError        the output folder refuses what a commit needs
     │   │   └── OutputFull     no space left there; make room and resume
     │   ├── NotFinished        chunks are still missing
+    │   ├── BudgetExceeded     more rows failed than may; mend the cause, or raise the budget, and resume
+    │   ├── BackfillCancelled  somebody cancelled it
     │   └── VerificationFailed committed output is not what its records say
     └── JobError               stored as the outcome of one job
         ├── InvalidInput       this input will never work: fix it, do not retry
@@ -126,6 +128,18 @@ class NotFinished(BackfillError):  # noqa: N818 - a state, as the caller sees it
 
     code = "not_finished"
     retryable = True
+
+
+class BudgetExceeded(BackfillError):  # noqa: N818 - a state, as the caller sees it
+    """More rows failed than the error budget allows; the message says how many."""
+
+    code = "budget_exceeded"
+
+
+class BackfillCancelled(BackfillError):  # noqa: N818 - a state, as the caller sees it
+    """Somebody cancelled the backfill. What is committed stays, and it can be resumed."""
+
+    code = "backfill_cancelled"
 
 
 class VerificationFailed(BackfillError):  # noqa: N818 - a state, as the caller sees it

@@ -1,6 +1,7 @@
 """The command ``nograd``.
 
-Exit codes: 0 ok, 1 a job failed or has no outcome yet, 2 usage, configuration or no Redis, 4 cancelled, 130 Ctrl-C.
+Exit codes: 0 ok, 1 a job or row failed or has no outcome yet, 2 usage, configuration or no Redis, 3 error budget
+exceeded, 4 cancelled, 5 verification failed, 130 Ctrl-C.
 With ``--json``, stdout holds JSON alone (one document, or one line for each job), errors included:
 ``{"error": {"type", "code", "message"}}``. The line for people goes to stderr in either case.
 """
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import click
+
+_EXIT_CODES = {"cancelled": 4, "budget_exceeded": 3, "backfill_cancelled": 4, "verification_failed": 5}
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -43,7 +46,7 @@ def run(argv: Sequence[str]) -> int:
             raise
         click.echo(f"nograd: {message}", err=True)
         _report_json(argv, type(err).__name__, code, message)
-        return {"cancelled": 4}.get(code, 1 if _of_a_job(err) else 2)
+        return _EXIT_CODES.get(code, 1 if _of_a_job(err) else 2)
 
 
 def _of_a_job(err: Exception) -> bool:

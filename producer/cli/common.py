@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -117,6 +118,19 @@ def describe_timings(timings: Timings) -> str:
 
 def _show_seconds(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
+
+
+def parse_object(text: str | None, option: str) -> dict[str, Any] | None:
+    """The JSON object an option was given."""
+    if text is None:
+        return None
+    try:
+        parsed = json.loads(text)
+    except ValueError as err:
+        raise click.BadParameter(f"not JSON: {err}", param_hint=option) from err
+    if not isinstance(parsed, dict):
+        raise click.BadParameter("not a JSON object", param_hint=option)
+    return parsed
 
 
 def exit_code(errors: list[NogradError]) -> int:

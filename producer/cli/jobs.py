@@ -18,7 +18,7 @@ from nograd.producer.client import PRIORITIES
 from nograd.producer.outcomes import Outcome, error_to_dict
 from nograd.tasks.errors import InvalidInput, NogradError, ResultTimeout
 
-from .common import Run, command, describe_timings, exit_code, show
+from .common import Run, command, describe_timings, exit_code, parse_object, show
 
 if TYPE_CHECKING:
     from nograd.producer.client import Priority
@@ -59,7 +59,11 @@ def submit(
         words = list(_words(inputs))
         try:
             values = [_parse(index, word, kind) for index, word in enumerate(words)]
-            options: dict[str, Any] = {"params": _parse_params(params), "expires_s": expires, "priority": priority}
+            options: dict[str, Any] = {
+                "params": parse_object(params, "--params"),
+                "expires_s": expires,
+                "priority": priority,
+            }
             jobs = client.submit_many(model, values, **options)
         except InvalidInput as err:
             raise click.UsageError(err.message) from err  # nothing was sent
@@ -143,15 +147,3 @@ def _parse(index: int, word: str, kind: InputKind) -> Any:
         raise InvalidInput(f"input {index}: {word[1:]}: cannot read the file: {err.strerror or err}") from err
     except ValueError as err:
         raise InvalidInput(f"input {index}: the model takes {kind}; {word[:40]!r} is not JSON: {err}") from err
-
-
-def _parse_params(text: str | None) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    try:
-        params = json.loads(text)
-    except ValueError as err:
-        raise click.BadParameter(f"not JSON: {err}", param_hint="--params") from err
-    if not isinstance(params, dict):
-        raise click.BadParameter("not a JSON object", param_hint="--params")
-    return params

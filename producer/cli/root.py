@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from .backfill import backfill
 from .dead import dead
 from .demo import demo
 from .fleet import flower, status, up, worker
@@ -17,5 +18,5 @@ def cli() -> None:
     """Asynchronous inference workers for PyTorch models, on Celery and Redis."""
 
 
-for command in (up, worker, models, submit, result, cancel, status, dead, flower, demo):
+for command in (up, worker, models, submit, result, cancel, backfill, status, dead, flower, demo):
     cli.add_command(command)

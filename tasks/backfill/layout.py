@@ -10,6 +10,7 @@
       _commits/000123.json          the commit record: chunk 123 is done if and only if it exists
       parts/part-000123.parquet     the predictions (or .jsonl); only committed ones ever stand here
       errors/part-000123.jsonl      the rows of the chunk that failed, if any
+      _state.json                   whether it is paused or cancelled; the error budget
       _MANIFEST.json                every part with its sha256; the same bytes whoever ran the chunks
       _RECEIPT.json                 who ran what, when
       _SUCCESS                      last of all
@@ -27,6 +28,7 @@ STAGING: Final = "_staging"
 COMMITS: Final = "_commits"
 PARTS: Final = "parts"
 ERRORS: Final = "errors"
+STATE: Final = "_state.json"
 MANIFEST: Final = "_MANIFEST.json"
 RECEIPT: Final = "_RECEIPT.json"
 SUCCESS: Final = "_SUCCESS"

@@ -1,7 +1,7 @@
 """Keeping enough chunks on their way: anybody may do it, at any time, as often as they like.
 
 Law: what is sent follows from the commit records and the hints in Redis alone. A chunk whose message, worker or hint
-was lost is missing, and is sent again by whoever looks next.
+was lost is missing, and is sent again by whoever looks next. Nothing is sent while the backfill is paused or cancelled.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import commit
+from . import commit, state
 from .finalize import finalize
 from .plan import Job
 from .window import Window
@@ -49,7 +49,7 @@ def pump(job: Job, window: Window, send: Callable[[int], None]) -> Pumped:
         if job.store.size("_SUCCESS") is None:
             finalize(job)
         return Pumped(0, 0)
-    if window.wish in ("pause", "cancel"):
+    if window.wish in ("pause", "cancel") or state.read(job.store).wish != "run":
         return Pumped(0, len(missing))
     chunks = window.top_up(missing, MOST)
     for index, chunk in enumerate(chunks):

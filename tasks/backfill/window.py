@@ -122,6 +122,13 @@ class Window:
         """The message of a chunk could not be sent: it is missing again."""
         self._call("forget", chunk)
 
+    def forget_queued(self) -> None:
+        """Every chunk that no worker runs is missing again: somebody resumes, and messages may have been lost.
+
+        A message that was not lost is then one too many, and ends at its first look.
+        """
+        self._client.delete(self._keys[0])
+
     def traffic(self) -> Traffic:
         """How many chunks are on their way."""
         queued, running = self._call("count")
@@ -152,6 +159,16 @@ class Window:
         pipe.execute()
 
     @property
+    def out(self) -> str | None:
+        """The URL of the output folder, for those who know the id alone."""
+        stored = self._client.get(self._prefix + "out")
+        return None if stored is None else _text(stored)
+
+    @out.setter
+    def out(self, url: str) -> None:
+        self._client.set(self._prefix + "out", url, ex=KEPT_S)
+
+    @property
     def why(self) -> str | None:
         """What `stop` was told; None after the next wish."""
         stored = self._client.get(self._prefix + "why")
@@ -180,7 +197,7 @@ class Window:
 
     def clear(self) -> None:
         """Remove all hints."""
-        self._client.delete(*self._keys, *(self._prefix + name for name in ("wish", "why", "sums")))
+        self._client.delete(*self._keys, *(self._prefix + name for name in ("wish", "why", "sums", "out")))
 
     def _call(self, what: str, *args: str | int) -> Any:
         return self._script(keys=self._keys, args=[what, KEPT_S, *args])

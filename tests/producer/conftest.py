@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,20 +74,76 @@ def register():
 
 
 @contextmanager
-def stand_in(url, timeout=60):
+def stand_in(url, timeout=60, app="stand_in", pool=("-P", "threads"), **extra):
     """A worker process, from its registered models to its end."""
-    argv = [sys.executable, "-m", "celery", "-A", "stand_in", "worker", "-P", "threads", "--without-mingle"]
-    env = {**os.environ, "NOGRAD_REDIS_URL": url}
-    process = subprocess.Popen(argv, env=env, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    argv = [sys.executable, "-m", "celery", "-A", app, "worker", *pool, "--without-mingle"]
+    env = {**os.environ, "NOGRAD_REDIS_URL": url, **extra}
+    log = tempfile.TemporaryFile()  # noqa: SIM115 - not a pipe: nobody reads it while the worker runs
+    process = subprocess.Popen(argv, env=env, cwd=HERE, stdout=log, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + timeout
     try:
-        with redis_py.Redis.from_url(url) as connection:
+        with log, redis_py.Redis.from_url(url) as connection:
             while not registry.known(connection):
                 if process.poll() is not None or time.monotonic() > deadline:
                     process.kill()
-                    pytest.fail(f"the worker does not start:\n{process.stdout.read().decode()}")
+                    log.seek(0)
+                    pytest.fail(f"the worker does not start:\n{log.read().decode()}")
                 time.sleep(0.05)
-        yield process
+            yield process
     finally:
         process.terminate()
-        process.communicate(timeout=30)
+        process.wait(timeout=30)
+
+
+class Backfills:
+    """A Redis, a client, and the worker of `backfill_worker`, with a gate that holds its chunks back."""
+
+    def __init__(self, url, folder):
+        self.url = url
+        self.gate = folder / "gate"
+        self.client = Client(url)
+        self.redis = redis_py.Redis.from_url(url)
+
+    def worker(self, weights="aa", chunk_s=0.0):
+        env = {"GATE": str(self.gate), "WEIGHTS": weights, "CHUNK_S": str(chunk_s)}
+        return stand_in(self.url, app="backfill_worker", pool=(), **env)
+
+
+@pytest.fixture(scope="module")
+def _backfills(tmp_path_factory):
+    with EmbeddedRedis() as server:
+        yield Backfills(server.url, tmp_path_factory.mktemp("gate"))
+
+
+@pytest.fixture
+def empty(_backfills):
+    """A Redis on which nobody works."""
+    _backfills.redis.flushall()
+    _backfills.gate.unlink(missing_ok=True)
+    return _backfills
+
+
+@pytest.fixture(scope="module")
+def _with_worker(tmp_path_factory):
+    with EmbeddedRedis() as server:
+        made = Backfills(server.url, tmp_path_factory.mktemp("gate"))
+        with made.worker(chunk_s=0.02):
+            yield made
+
+
+@pytest.fixture
+def backfills(_with_worker):
+    """A Redis with a worker that runs backfills."""
+    _with_worker.gate.unlink(missing_ok=True)
+    return _with_worker
+
+
+@pytest.fixture
+def csv(tmp_path):
+    """A thousand rows, eleven of them bad."""
+    (tmp_path / "in").mkdir()
+    rows = [f"id{i},{-i if i % 100 == 7 else i}" for i in range(1000)]
+    rows[500] = "id500,oops"
+    path = tmp_path / "in" / "rows.csv"
+    path.write_text("k,x\n" + "\n".join(rows) + "\n")
+    return path

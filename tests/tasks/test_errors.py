@@ -20,6 +20,8 @@ CODES = {
     "OutputError": "output",
     "OutputFull": "output_full",
     "NotFinished": "not_finished",
+    "BudgetExceeded": "budget_exceeded",
+    "BackfillCancelled": "backfill_cancelled",
     "VerificationFailed": "verification_failed",
     "JobError": "job_failed",
     "InvalidInput": "invalid_input",

@@ -147,3 +147,10 @@ def test_every_key_ends(window, client):
     assert all(client.ttl(key) > 0 for key in keys)
     window.clear()
     assert client.keys("nograd:backfill:*") == []
+
+
+def test_who_resumes_may_have_queued_chunks_sent_again_but_not_those_that_run(window):
+    assert window.top_up(range(10), most=50) == [0, 1]
+    window.claim(0, "a")
+    window.forget_queued()
+    assert window.top_up(range(10), most=50) == [1, 2, 3]

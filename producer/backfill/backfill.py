@@ -1,0 +1,380 @@
+"""One backfill, by its output folder: plan, start, follow, pause, resume, cancel, look, verify.
+
+Laws:
+
+* Storage is the truth: any number of processes may hold a `Backfill` of one folder, on any machine, and see the same.
+* Workers keep it going by themselves. Whoever follows it may go, and come back.
+* Nothing goes on under other inputs, another model or other parameters: `PlanChanged` says what changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from nograd.tasks.backfill import commit, fingerprint, layout, state
+from nograd.tasks.backfill import plan as plans
+from nograd.tasks.backfill.budget import OVER_BUDGET, allowed_failures, parse_budget
+from nograd.tasks.backfill.plan import Job
+from nograd.tasks.backfill.progress import Observer, Progress
+from nograd.tasks.backfill.pump import Pumped, pump
+from nograd.tasks.backfill.state import State
+from nograd.tasks.backfill.store import open_store
+from nograd.tasks.backfill.task import hints_of, send_chunk
+from nograd.tasks.backfill.verify import Report, verify
+from nograd.tasks.backfill.window import Window, Wish
+from nograd.tasks.errors import (
+    BackfillCancelled,
+    BackfillError,
+    BrokerUnavailable,
+    BudgetExceeded,
+    PlanChanged,
+)
+
+from . import failures, planning
+from .planning import TIMEOUT_S, Estimate, Request
+from .status import StateName, Status
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from nograd.producer.client import Client
+
+#: seconds between two looks of whoever follows
+INTERVAL_S = 2.0
+
+
+class Backfill:
+    """One backfill. Made by `Client.backfill` and `Client.backfill_at`; one thread at a time.
+
+    Args:
+        client: sends the chunks.
+        out: the output folder, a path or URL.
+        request: what is to be scored; None for what is planned there.
+        error_budget: see `nograd.tasks.backfill.budget`; None for that of the last start.
+
+    Raises:
+        ConfigError: if the budget is none.
+        OutputError: if the URL's protocol is not known.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        out: str | Path,
+        request: Request | None = None,
+        *,
+        error_budget: str | float | None = None,
+    ) -> None:
+        self._client = client
+        self._request = request
+        self._budget_given = error_budget is not None
+        self._budget = parse_budget(error_budget)
+        self._store = open_store(out)
+
+    @property
+    def out(self) -> str:
+        """The output folder."""
+        return self._store.url
+
+    @cached_property
+    def job(self) -> Job:
+        """The plan.
+
+        Raises:
+            BackfillError: if there is none, or it cannot be read.
+        """
+        return plans.load(self._store)
+
+    @property
+    def id(self) -> str:
+        """Names it, together with its folder."""
+        return hints_of(self.job)
+
+    # -- before it runs ----------------------------------------------------------------------------------------------
+
+    def plan(self, *, save: bool = True, timeout_s: float = TIMEOUT_S) -> Estimate:
+        """Have a sample scored, and plan.
+
+        Args:
+            save: write the plan; else this is a dry run that leaves nothing behind.
+            timeout_s: to wait for a worker's answer.
+
+        Raises:
+            PlanChanged: if the folder holds another plan.
+            BackfillError: and others, see `planning.prepare`.
+        """
+        request = self._asked()
+        planned = plans.find(self._store)
+        if planned is not None:  # its chunks are cut as they are
+            self._check_request(planned, request)
+            request = dataclasses.replace(request, rows_per_chunk=planned.plan.rows_per_chunk)
+        prepared = planning.prepare(self._client, request, self.out, timeout_s)
+        if planned is not None:
+            fingerprint.check(planned, model=prepared.draft.plan.model)
+        elif save:
+            plans.save(self._store, prepared.draft)
+        return prepared.estimate
+
+    # -- making it run -----------------------------------------------------------------------------------------------
+
+    def start(self, timeout_s: float = TIMEOUT_S) -> None:
+        """Plan, unless that is done, and send the first chunks; returns at once, the workers go on.
+
+        A folder that holds a plan of the same inputs, model and parameters is resumed.
+
+        Raises:
+            PlanChanged: if it holds another, saying in what they differ.
+            BackfillError: and others, see `planning.prepare`.
+            BrokerUnavailable: if Redis does not answer.
+        """
+        planned = plans.find(self._store)
+        if planned is None:
+            self.plan(timeout_s=timeout_s)
+            self._go()
+            return
+        if self._request is not None:
+            self._check_request(planned, self._request)
+        self.resume(timeout_s)
+
+    def resume(self, timeout_s: float = TIMEOUT_S) -> None:
+        """Go on with what is planned, whatever stopped it; returns at once.
+
+        Raises:
+            PlanChanged: if inputs, model or parameters are not those of the plan; it lists what changed.
+            BackfillError: if there is no plan, or no worker answers in time.
+            BrokerUnavailable: if Redis does not answer.
+        """
+        job = self.job
+        if self._store.size(layout.SUCCESS) is not None:
+            if self._budget_given:
+                state.write(self._store, State(error_budget=self._budget))
+            return
+        fingerprint.check(job)  # before anybody is waited for
+        if len(commit.committed_chunks(self._store)) < job.plan.chunks:
+            extents = job.extents(0)
+            sample = planning.identity_sample(job.plan, job.files(extents[0].file), extents)
+            fingerprint.check(job, model=planning.measure(self._client, sample, timeout_s).model)
+        commit.settle_all(self._store, job.plan)
+        self._go()
+
+    def run(
+        self,
+        each: Callable[[Status], None] | None = None,
+        *,
+        interval_s: float = INTERVAL_S,
+        timeout_s: float = TIMEOUT_S,
+    ) -> Status:
+        """Start or resume, and stay to the end.
+
+        Killing the process, or Ctrl-C, ends only this: the workers go on. `Client.backfill_at` finds it again.
+
+        Args:
+            each: called with what there is to tell, every ``interval_s`` seconds and at the end.
+            interval_s: seconds.
+            timeout_s: to wait for a worker's answer before it begins.
+
+        Returns:
+            The last status; failed rows are in its ``progress.rows_err``.
+
+        Raises:
+            BudgetExceeded: if more rows failed than may.
+            BackfillCancelled: if somebody cancelled it.
+            BackfillError: if a worker stopped it, saying why; and whatever `start` raises.
+            BrokerUnavailable: if Redis does not answer at the start. Later it may be away.
+        """
+        self.start(timeout_s)
+        return self.follow(each, interval_s=interval_s)
+
+    def follow(self, each: Callable[[Status], None] | None = None, *, interval_s: float = INTERVAL_S) -> Status:
+        """Stay to the end with what is under way, and keep it going: chunks that were lost are sent again.
+
+        A pause is waited for. Arguments, result and errors as of `run`.
+        """
+        while True:
+            now = self._turn()
+            if each is not None:
+                each(now)
+            if now.ended:
+                return _checked(now)
+            time.sleep(interval_s)
+
+    def pause(self) -> None:
+        """Have the workers let go of it within seconds; chunks under way are run again after `resume`.
+
+        Raises:
+            BackfillError: if there is no plan.
+            BrokerUnavailable: if Redis does not answer: the workers are not told, but nothing new is sent any more.
+        """
+        self._want("pause")
+
+    def cancel(self) -> None:
+        """Have the workers let go of it for good; what is committed stays. As `pause`, but who follows is told."""
+        self._want("cancel")
+
+    # -- looking -----------------------------------------------------------------------------------------------------
+
+    def status(self) -> Status:
+        """How far it is; needs no Redis for what is committed.
+
+        Raises:
+            BackfillError: if there is no plan, or it cannot be read.
+        """
+        return self._status(None)
+
+    def watch(self, interval_s: float = INTERVAL_S) -> Iterator[Status]:
+        """Its status again and again until it ends; nothing is sent."""
+        while True:
+            now = self.status()
+            yield now
+            if now.ended:
+                return
+            time.sleep(interval_s)
+
+    def errors(self) -> list[failures.Cluster]:
+        """The failed rows so far, by what went wrong, the most frequent first."""
+        return failures.clusters(self.job)
+
+    def parts(self) -> list[str]:
+        """The folders that hold predictions, each readable as one dataset, also while it runs."""
+        return [f"{self.out}/{layout.PARTS}"]
+
+    def verify(self, *, ids: bool = True, each: Callable[[int], None] | None = None) -> Report:
+        """Check the committed output against plan, records and inputs; see `nograd.tasks.backfill.verify`."""
+        return verify(self.job, ids=ids, each=each)
+
+    # -- how ---------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _window(self) -> Window:
+        return Window(self._client.app.backend.client, self.id)
+
+    @cached_property
+    def _observer(self) -> Observer:
+        return Observer(self.job)
+
+    def _asked(self) -> Request:
+        if self._request is None:
+            raise BackfillError(f"{self.out}: say model and source to plan a backfill")
+        return self._request
+
+    def _check_request(self, planned: Job, request: Request) -> None:
+        """Refuse to go on with a plan when something else is asked for."""
+        plan, spec = planned.plan, request.survey().spec
+        wanted = msgspec.structs.replace(
+            plan,
+            source=spec,
+            selection=request.selection,
+            duplicates=request.duplicates,
+            model=plan.model if request.model == plan.model.name else plans.ModelIdentity(name=request.model),
+            parameters=dict(request.params),
+            rows_per_chunk=request.rows_per_chunk or plan.rows_per_chunk,
+            output=msgspec.structs.replace(plan.output, format=request.output or plan.output.format),
+        )
+        differences = plans.changes(plan, wanted)
+        if differences:
+            raise PlanChanged(f"{self.out} holds another backfill: {'; '.join(differences)}")
+
+    def _go(self) -> None:
+        budget = self._budget if self._budget_given else state.read(self._store).error_budget
+        state.write(self._store, State(error_budget=budget))
+        with self._client.broker.errors():
+            self._window.wish = "run"
+            self._window.forget_queued()
+        self._pump()
+
+    def _want(self, wish: Wish) -> None:
+        job = self.job
+        state.write(job.store, msgspec.structs.replace(state.read(job.store), wish=wish, why=None))
+        with self._client.broker.errors():
+            self._window.wish = wish
+
+    def _pump(self) -> Pumped:
+        job, budget = self.job, state.read(self._store).error_budget
+        with self._client.broker.errors():
+            self._window.out = self.out
+            return pump(job, self._window, lambda chunk: send_chunk(self._client.app, job, chunk, budget))
+
+    def _turn(self) -> Status:
+        """Keep it going, and look."""
+        trouble = None
+        try:
+            self._pump()
+        except BrokerUnavailable as err:
+            trouble = err.message
+        now = self._status(trouble)
+        if now.over_budget and not now.ended:
+            # A worker counts with what Redis remembers; the records remember all.
+            rows = now.progress
+            now = self._stopped(now, f"{OVER_BUDGET}: {rows.rows_err} failed rows of {rows.rows} planned ones")
+        elif now.state == "stopped" and state.read(self._store).wish == "run":
+            now = self._stopped(now, now.why or "")
+        return now
+
+    def _stopped(self, now: Status, why: str) -> Status:
+        """Make a stop last."""
+        state.write(self._store, msgspec.structs.replace(state.read(self._store), wish="pause", why=why))
+        with contextlib.suppress(BrokerUnavailable), self._client.broker.errors():
+            self._window.stop(why)
+        return msgspec.structs.replace(now, state="stopped", why=why)
+
+    def _status(self, trouble: str | None) -> Status:
+        job, wanted = self.job, state.read(self._store)
+        hints: dict[str, Any] = {"queued": None, "running": None}
+        wish, why = wanted.wish, wanted.why
+        try:
+            with self._client.broker.errors():
+                traffic = self._window.traffic()
+                hints = {"queued": traffic.queued, "running": traffic.running}
+                if wish == "run":
+                    wish, why = self._window.wish or wish, self._window.why
+        except BrokerUnavailable as err:
+            trouble = trouble or err.message
+        closed = self._store.size(layout.SUCCESS) is not None
+        progress = self._observer.look()
+        budget = wanted.error_budget
+        name = "done" if closed else _name(wish, why, progress, hints["running"])
+        return Status(
+            id=self.id,
+            out=self.out,
+            model=job.plan.model.name,
+            state=name,
+            why=why if name == "stopped" else None,
+            error_budget=budget,
+            may_fail=None if budget is None else allowed_failures(budget, job.plan.rows),
+            trouble=trouble,
+            progress=progress,
+            **hints,
+        )
+
+
+def _name(wish: Wish, why: str | None, progress: Progress, running: int | None) -> StateName:
+    if wish == "cancel":
+        return "cancelled"
+    if wish == "pause":
+        return "stopped" if why else "paused"
+    if progress.stalled:
+        return "stalled"
+    if running is None:
+        return "unknown"
+    return "running" if running or progress.done else "waiting"
+
+
+def _checked(now: Status) -> Status:
+    """The end of a backfill, or why it ended otherwise."""
+    if now.over_budget or (now.why or "").startswith(OVER_BUDGET):
+        raise BudgetExceeded(
+            f"{now.out}: {now.progress.rows_err} of {now.progress.rows} rows failed, {now.may_fail} may; "
+            "`nograd backfill errors` shows why, `resume --error-budget` goes on"
+        )
+    if now.state == "cancelled":
+        raise BackfillCancelled(f"{now.out} was cancelled; what is committed stays, and it can be resumed")
+    if now.state == "stopped":
+        raise BackfillError(f"{now.out} is stopped: {now.why}")
+    return now

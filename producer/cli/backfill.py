@@ -1,0 +1,300 @@
+"""``nograd backfill plan | run | resume | status | watch | pause | cancel | errors | verify``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+from rich.table import Table
+
+from nograd.tasks.errors import NogradError
+
+from .common import FAILED, Run, command, parse_object
+from .progress import Display, describe, duration, percent, size, span
+
+if TYPE_CHECKING:
+    from nograd.producer.backfill.backfill import Backfill
+    from nograd.producer.backfill.planning import Estimate
+    from nograd.producer.backfill.status import Status
+
+OK, UNVERIFIED, INTERRUPTED = 0, 5, 130
+#: seconds between two looks
+INTERVAL_S = 2.0
+
+_FORMATS = click.Choice(["parquet", "csv", "jsonl", "openai", "images"])
+_TIMEOUT = click.option(
+    "--timeout", type=click.FloatRange(min=0), default=120.0, show_default=True, help="Seconds a worker has to answer."
+)
+_BUDGET = click.option("--error-budget", metavar="N|P%", help="Failed rows, or their share, at which the run stops.")
+_DETACH = click.option("--detach", is_flag=True, help="Return once it runs.")
+
+
+def _what_to_score(function: Callable[..., int]) -> Callable[..., int]:
+    """Options of the commands that plan."""
+    for option in reversed(
+        [
+            click.option("--id", "id", metavar="COLUMN", help="Names a row; default: path, custom_id or its position."),
+            click.option("--columns", metavar="A,B", help="What the model is given; default: all but the id."),
+            click.option("--join", metavar="A,B", help="Columns to copy into the output."),
+            click.option("--format", "kind", type=_FORMATS, help="Of the source; default: by its files' names."),
+            click.option("--delimiter", metavar="X", help="Of CSV."),
+            click.option("--no-header", is_flag=True, help="CSV without names: the columns are f0, f1, …"),
+            click.option("--content", is_flag=True, help="Know input files by their content, not by size and date."),
+            click.option("--allow-null", is_flag=True, help="Give rows with empty values to the model."),
+            click.option("--params", metavar="JSON", help="Parameters of the prediction, an object."),
+            click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N rows."),
+            click.option("--sample", type=click.IntRange(min=1), metavar="N", help="Only N of them, at random."),
+            click.option("--seed", type=int, default=0, show_default=True, help="Of the sample."),
+            click.option("--output-format", "output", type=click.Choice(["parquet", "jsonl", "openai"])),
+            click.option("--duplicates", type=click.Choice(["error", "keep"]), default="error", show_default=True),
+            click.option("--chunk-rows", "rows_per_chunk", type=click.IntRange(min=1), metavar="N"),
+        ]
+    ):
+        function = option(function)
+    return function
+
+
+@click.group()
+def backfill() -> None:
+    """Score millions of rows, exactly once in storage.
+
+    OUT names a backfill in all commands: its output folder. Its id does, too, while Redis remembers it.
+
+    Exit codes: 0 ok, 1 finished with failed rows, 2 usage or configuration, 3 error budget exceeded, 4 cancelled,
+    5 verification failed, 130 Ctrl-C (the run goes on).
+    """
+
+
+@command
+@click.argument("model")
+@click.argument("source")
+@click.argument("out", required=False)
+@_what_to_score
+@_TIMEOUT
+@click.option("--dry-run", is_flag=True, help="Write nothing; the same as leaving OUT away.")
+def plan(run: Run, *, model: str, source: str, out: str | None, timeout: float, dry_run: bool, **options: Any) -> int:
+    """Have a sample scored and say what the backfill will take; write the plan into OUT."""
+    from nograd.producer.backfill.planning import prepare
+
+    with run.client() as client:
+        if out is None:
+            request = client.backfill_request(model, source, **_options(options))
+            estimate = prepare(client, request, None, timeout).estimate
+        else:
+            estimate = client.backfill(model, source, out, **_options(options)).plan(
+                save=not dry_run, timeout_s=timeout
+            )
+    saved = out is not None and not dry_run
+    run.emit({**msgspec.to_builtins(estimate), "saved": saved}, _estimate(estimate))
+    return OK
+
+
+@command
+@click.argument("model")
+@click.argument("source")
+@click.argument("out")
+@_what_to_score
+@_BUDGET
+@_TIMEOUT
+@_DETACH
+def run_(
+    run: Run,
+    *,
+    model: str,
+    source: str,
+    out: str,
+    error_budget: str | None,
+    timeout: float,
+    detach: bool,
+    **options: Any,
+) -> int:
+    """Score every row of SOURCE with MODEL into OUT, and stay to the end; an OUT that was begun so is resumed.
+
+    Ctrl-C leaves it running: `nograd backfill watch OUT` shows it, `cancel OUT` ends it.
+    """
+    with run.client() as client:
+        job = client.backfill(model, source, out, error_budget=error_budget, **_options(options))
+        job.start(timeout)
+        return _stay(run, job, detach=detach)
+
+
+@command
+@click.argument("out")
+@_BUDGET
+@_TIMEOUT
+@_DETACH
+def resume(run: Run, *, out: str, error_budget: str | None, timeout: float, detach: bool) -> int:
+    """Go on with a backfill that was paused, stopped, cancelled or forgotten by Redis, and stay to the end.
+
+    Refused if the inputs, the model, its weights or the parameters have changed; it says which.
+    """
+    with run.client() as client:
+        job = client.backfill_at(out, error_budget=error_budget)
+        job.resume(timeout)
+        return _stay(run, job, detach=detach)
+
+
+@command
+@click.argument("out")
+def status(run: Run, *, out: str) -> int:
+    """Show how far a backfill is, from what is committed."""
+    with run.client() as client:
+        now = client.backfill_at(out).status()
+    run.emit(now.as_json(), _status(now))
+    return OK
+
+
+@command
+@click.argument("out")
+def watch(run: Run, *, out: str) -> int:
+    """Show a backfill until it ends, as `run` does; with --json a line every two seconds. Changes nothing."""
+    with run.client() as client:
+        job = client.backfill_at(out)
+        if run.json:
+            for now in job.watch(INTERVAL_S):
+                run.emit(now.as_json(), "")
+            return OK
+        with Display() as display:
+            for now in job.watch(INTERVAL_S):
+                display(now)
+    return OK
+
+
+@command
+@click.argument("out")
+def pause(run: Run, *, out: str) -> int:
+    """Have the workers let go of a backfill; what is committed stays, chunks under way are run again later."""
+    return _tell(run, out, lambda job: job.pause(), "is paused; `nograd backfill resume` goes on")
+
+
+@command
+@click.argument("out")
+def cancel(run: Run, *, out: str) -> int:
+    """End a backfill; what is committed stays."""
+    return _tell(run, out, lambda job: job.cancel(), "is cancelled; what is committed stays")
+
+
+@command
+@click.argument("out")
+def errors(run: Run, *, out: str) -> int:
+    """Show the failed rows so far, by what went wrong."""
+    with run.client() as client:
+        clusters = client.backfill_at(out).errors()
+    table = Table("rows", "stage", "type", "message", "for example")
+    for each in clusters:
+        example = each.samples[0]
+        table.add_row(f"{each.rows:,}", each.stage, each.type, each.message, f"{example.id}: {example.message}")
+    document = {"rows": sum(each.rows for each in clusters), "clusters": msgspec.to_builtins(clusters)}
+    run.emit(document, table if clusters else "no failed rows")
+    return OK
+
+
+@command
+@click.argument("out")
+@click.option("--ids/--no-ids", default=True, show_default=True, help="Compare with the ids of the inputs.")
+def verify(run: Run, *, out: str, ids: bool) -> int:
+    """Recompute every hash, count every row, compare the ids with the inputs; exit code 5 if anything is wrong.
+
+    Exit code 1 if all is right so far, but chunks are missing.
+    """
+    with run.client() as client:
+        job = client.backfill_at(out)
+        report = job.verify(ids=ids)
+        chunks = job.job.plan.chunks
+    whole = report.chunks == chunks
+    document = {**msgspec.to_builtins(report), "planned": chunks, "ok": whole and not report.problems}
+    counted = f"{report.chunks} of {chunks} chunks, {report.rows_ok:,} predictions, {report.rows_err:,} failed rows"
+    run.emit(document, "\n".join([counted, *report.problems]))
+    if report.problems:
+        run.complain(f"{len(report.problems) + report.unnamed} problems")
+        return UNVERIFIED
+    return OK if whole else FAILED
+
+
+def _options(given: dict[str, Any]) -> dict[str, Any]:
+    """Options as `Client.backfill` takes them."""
+    columns, join = given.pop("columns"), given.pop("join")
+    delimiter, no_header = given.pop("delimiter"), given.pop("no_header")
+    of_format: dict[str, str | bool] = {**({"delimiter": delimiter} if delimiter else {})}
+    if no_header:
+        of_format["header"] = False
+    return {
+        **given,
+        "params": parse_object(given["params"], "--params"),
+        "columns": _names(columns) if columns else None,
+        "join": _names(join or ""),
+        "options": of_format,
+    }
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _tell(run: Run, out: str, tell: Callable[[Backfill], None], said: str) -> int:
+    with run.client() as client:
+        job = client.backfill_at(out)
+        tell(job)
+        now = job.status()
+    run.emit(now.as_json(), f"{now.out} {said}")
+    return OK
+
+
+def _stay(run: Run, job: Backfill, *, detach: bool) -> int:
+    """Follow to the end; the exit code."""
+    if detach:
+        now = job.status()
+        run.emit(now.as_json(), f"{now.id} runs; `nograd backfill watch {now.out}` shows it")
+        return OK
+    began = time.monotonic()
+    last: list[Status] = []
+    display = Display()
+
+    def show(now: Status) -> None:
+        last[:] = [now]
+        display(now)
+
+    try:
+        with display:
+            now = job.follow(show, interval_s=INTERVAL_S)
+    except KeyboardInterrupt:
+        run.complain(
+            f"the workers go on: `nograd backfill watch {job.out}` shows it, `resume` stays with it, `cancel` ends it"
+        )
+        return INTERRUPTED
+    except NogradError:
+        if last:
+            run.complain(describe(last[0]))
+        raise
+    failed = now.progress.rows_err
+    text = f"{now.progress.rows_ok:,} predictions in {now.out}/parts, {failed:,} failed rows; "
+    text += f"watched for {duration(time.monotonic() - began)}"
+    run.emit(now.as_json(), text + (f"\n`nograd backfill errors {now.out}` shows why" if failed else ""))
+    return FAILED if failed else OK
+
+
+def _estimate(estimate: Estimate) -> str:
+    """An estimate for people."""
+    up = f"{estimate.workers} worker{'s' * (estimate.workers != 1)} of {estimate.model} up"
+    lines = [
+        f"{estimate.rows:,} rows, {estimate.files:,} files; {estimate.chunks:,} chunks of {estimate.rows_per_chunk:,}",
+        f"{estimate.rows_per_s:,.0f} rows/s by one worker, measured with {estimate.sampled:,} rows; {up}",
+        f"time: {span(estimate.low_s, estimate.high_s)}; output: about {size(estimate.out_bytes)}",
+    ]
+    if estimate.failed:
+        lines += [f"{estimate.failed:,} rows of the sample failed, for example:", *estimate.errors]
+    return "\n".join(lines)
+
+
+def _status(now: Status) -> str:
+    """A status for people, on a few lines."""
+    budget = "" if now.may_fail is None else f"; {now.may_fail:,} may fail"
+    return f"{now.id}: {now.model} into {now.out}{budget}\n{percent(now)} · {describe(now)}"
+
+
+run_.name = "run"
+for each in (plan, run_, resume, status, watch, pause, cancel, errors, verify):
+    backfill.add_command(each)

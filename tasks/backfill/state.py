@@ -1,0 +1,53 @@
+"""What is wanted of a backfill, where a FLUSHALL does not reach: ``_state.json`` in the output folder.
+
+Law: a backfill that somebody has paused or cancelled, or that a budget has stopped, goes on only when somebody resumes
+it. `Window.wish` tells the workers the same at once, and may vanish; this is what holds.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from nograd.tasks.errors import BackfillError
+
+from . import layout
+from .plan import encode
+from .store import Store
+from .window import Wish
+
+
+class State(msgspec.Struct, frozen=True, kw_only=True):
+    """What is wanted.
+
+    Attributes:
+        wish: of the operator.
+        why: what has stopped it, if nobody paused it by hand.
+        error_budget: see `budget`; None for as many failed rows as there are.
+    """
+
+    wish: Wish = "run"
+    why: str | None = None
+    error_budget: float | None = None
+
+
+def read(store: Store) -> State:
+    """What is wanted; to run, where nobody has said anything.
+
+    Raises:
+        BackfillError: if what stands there cannot be read.
+    """
+    try:
+        return msgspec.json.decode(store.read(layout.STATE), type=State)
+    except FileNotFoundError:
+        return State()
+    except (msgspec.MsgspecError, UnicodeDecodeError) as err:
+        raise BackfillError(f"{store.url}/{layout.STATE} is not a state of this version: {err}") from err
+
+
+def write(store: Store, state: State) -> None:
+    """Say what is wanted.
+
+    Raises:
+        OutputError: if the folder cannot be written.
+    """
+    store.replace(layout.STATE, encode(state))
