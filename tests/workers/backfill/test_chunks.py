@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
+from backfills import calibrated, committed, drive, errors, planned, run
 from nograd.producer import Client
 from nograd.tasks.backfill import plan as plans
-from nograd.tasks.backfill.draft import draft, head
+from nograd.tasks.backfill.draft import draft
 from nograd.tasks.backfill.progress import progress
-from nograd.tasks.backfill.pump import pump
 from nograd.tasks.backfill.sources import survey
 from nograd.tasks.backfill.store import open_store
-from nograd.tasks.backfill.task import Calibration, Sample, hints_of, send_chunk, send_sample
 from nograd.tasks.backfill.verify import verify
-from nograd.tasks.backfill.window import Window
 
 MODELS = """
 [linear]
@@ -116,42 +110,6 @@ def client(redis_url, folder, fleet):
         yield client
 
 
-def calibrated(client, model, found, rows=64, parameters=None):
-    extents = [*head(found, rows), *head(found, rows, found.rows // 2)]
-    files = {n: found.files[n] for extent in extents for n in range(extent.file, extent.file + _files(found, extent))}
-    sample = Sample(model, found.spec, files, extents, parameters or {}, seconds=1)
-    told = send_sample(client.app, sample).get(timeout=60)
-    return msgspec.convert(told, Calibration)
-
-
-def _files(found, extent):
-    return extent.count if found.spec.kind == "images" else 1
-
-
-def planned(client, model, source, out, rows_per_chunk, **options):
-    found = survey(source, **options)
-    calibration = calibrated(client, model, found)
-    made = draft(
-        found,
-        rows_per_chunk=rows_per_chunk,
-        batch_rows=calibration.batch_rows,
-        model=calibration.model,
-        prediction=calibration.prediction.to_arrow().field("prediction").type,
-    )
-    return plans.save(open_store(out), made)
-
-
-def run(client, job, seconds=60):
-    window = Window(client.app.backend.client, hints_of(job))
-    until = time.monotonic() + seconds
-    while pump(job, window, lambda chunk: send_chunk(client.app, job, chunk, None)).missing:
-        assert window.wish != "pause", window.why
-        assert time.monotonic() < until, progress(job)
-        time.sleep(0.1)
-    verify(job).check()
-    return ds.dataset(f"{job.store.url}/parts").to_table()
-
-
 def test_numbers_go_from_column_to_column(client, folder, tmp_path):
     rng = np.random.default_rng(0)
     columns = {name: rng.standard_normal(1000).astype("float32") for name in "abcd"}
@@ -199,35 +157,26 @@ def test_a_row_that_raises_fails_alone(client, tmp_path):
     assert {each["type"] for each in errors(job)} == {"model_failed"}
 
 
-def errors(job):
-    found = []
-    for name in job.store.names("errors"):
-        found += map(json.loads, io.BytesIO(job.store.read(f"errors/{name}")).readlines())
-    return found
-
-
 def test_a_killed_worker_costs_nothing_and_changes_no_byte(redis_url, folder, client, start_worker, tmp_path):
     rng = np.random.default_rng(1)
     pq.write_table(
         pa.table({name: rng.standard_normal(20_000) for name in "abcd"}), tmp_path / "in.parquet", row_group_size=5000
     )
     job = planned(client, "linear", tmp_path / "in.parquet", tmp_path / "out", 400)
-    window, victims = Window(client.app.backend.client, hints_of(job)), []
-    until = time.monotonic() + 120
-    while pump(job, window, lambda chunk: send_chunk(client.app, job, chunk, None)).missing:
-        assert window.wish != "pause", window.why
-        assert time.monotonic() < until, progress(job)
+    victims = []
+
+    def kill_some():
         if len(victims) < 2 and progress(job).chunks_done > 10 * len(victims):
             victims.append(start_worker(folder / "models.toml", env={"NOGRAD_LEASE_S": "3"}.items()))
             time.sleep(0.2)
             victims[-1].process.kill()
-        time.sleep(0.05)
+
+    drive(client, job, 120, until=kill_some)
+    assert victims
     again = planned(client, "linear", tmp_path / "in.parquet", tmp_path / "again", 400)
     run(client, again)
     verify(job).check()
-    for name in job.store.names("parts"):
-        assert job.store.read(f"parts/{name}") == again.store.read(f"parts/{name}")
-    assert job.store.read("_MANIFEST.json") == again.store.read("_MANIFEST.json")
+    assert committed(job) == committed(again)
 
 
 @pytest.mark.slow  # three deaths, and the pauses before a worker that keeps dying is started again

@@ -1,0 +1,234 @@
+"""Workers that wait at a moment of a chunk for somebody to do them harm: a model and a system call, both real.
+
+::
+
+    prepare · forward · finish · before the record · after the record · before the ack
+    └─── the model's own code ───┘  └── os.link of the commit record ──┘  └ the listing of what is missing ┘
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import redis
+import torch
+
+from nograd.producer.embedded import find_server, free_port
+from nograd.tasks.backfill import layout
+from nograd.tasks.backfill import plan as plans
+from nograd.tasks.backfill.plan import Job
+from nograd.tasks.backfill.store import open_store
+
+#: the module of the models; it stands beside the model file, and so do the files that arm a moment
+SOURCE = '''
+import os
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+
+
+def moment(name, detail=""):
+    """Wait here if somebody has armed this moment; only the first one who comes by does."""
+    try:
+        os.rename(HERE / f"armed {name}", HERE / "taken")
+    except FileNotFoundError:
+        return
+    (HERE / "new").write_text(f"{os.getpid()} {detail}")
+    os.rename(HERE / "new", HERE / "held")
+    while (HERE / "held").exists():
+        time.sleep(0.01)
+    (HERE / "left").touch()
+
+
+def watch(call, name, before, after):
+    def watched(*args, **kwargs):
+        at = str(args[-1])
+        mine = threading.current_thread().name.startswith("nograd-chunk") and name(at)
+        if mine and before:
+            moment(before, Path(at).stem)
+        done = call(*args, **kwargs)
+        if mine and after:
+            moment(after, Path(at).stem)
+        return done
+
+    return watched
+
+
+class Scored:
+    """Scores a text by its length; does not like some."""
+
+    def load(self, device):
+        if not hasattr(os, "unwatched"):
+            os.unwatched = os.link, os.listdir
+            os.link = watch(os.link, lambda at: "/_commits/" in at, "before the record", "after the record")
+            os.listdir = watch(os.listdir, lambda at: at.endswith("/_commits"), "", "before the ack")
+
+    def prepare(self, value):
+        moment("prepare")
+        return value
+
+    def forward(self, batch):
+        moment("forward")
+        if "raise" in batch:
+            raise ValueError("I do not like it")
+        return [{"length": len(text), "score": len(text) / 7} for text in batch]
+
+    def finish(self, output):
+        moment("finish")
+        return output
+
+
+class Linear(torch.nn.Module):
+    """A model whose weights somebody changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+class Rude(Scored):
+    """Takes its worker along, or never comes back."""
+
+    def forward(self, batch):
+        if "exit" in batch:
+            os._exit(3)
+        if "hang" in batch:
+            time.sleep(1000)
+        return super().forward(batch)
+'''
+
+MODELS = """
+[scored]
+loader = "python"
+class = "crash_models:Scored"
+input = "text"
+batch = { max_items = 8 }
+
+[rude]
+loader = "python"
+class = "crash_models:Rude"
+input = "text"
+batch = { max_items = 8 }
+hard_timeout_s = 3
+
+[linear]
+loader = "module"
+class = "crash_models:Linear"
+weights = "linear.pth"
+input = "rows"
+shape = [2]
+batch = { max_items = 16 }
+"""
+
+
+def write_models(folder: Path) -> Path:
+    """The models of a run; their model file."""
+    (folder / "crash_models.py").write_text(SOURCE)
+    (folder / "models.toml").write_text(MODELS)
+    write_weights(folder, 1.0)
+    return folder / "models.toml"
+
+
+def write_weights(folder: Path, value: float) -> None:
+    """Those of ``linear``: all the same."""
+    torch.save({"layer.weight": torch.full((1, 2), value), "layer.bias": torch.zeros(1)}, folder / "linear.pth")
+
+
+class Redis:
+    """A Redis that is killed and started again: every write is on disk before it is answered."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._port = free_port()
+        self.url = f"redis://127.0.0.1:{self._port}/0"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        options = {"port": self._port, "bind": "127.0.0.1", "dir": self._folder, "appendonly": "yes"}
+        options |= {"appendfsync": "always", "save": ""}
+        command = [find_server(), *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        until = time.monotonic() + 30
+        while True:
+            try:
+                redis.Redis.from_url(self.url).ping()
+            except redis.RedisError:
+                assert time.monotonic() < until, "redis-server does not start"
+                time.sleep(0.02)
+            else:
+                return
+
+    def kill(self) -> None:
+        """As the machine would."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+
+#: in the order in which a chunk comes by
+MOMENTS = ("prepare", "forward", "finish", "before the record", "after the record", "before the ack")
+
+
+class Moments:
+    """Arms a moment and waits for the worker that comes by.
+
+    Args:
+        folder: where the models are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.clear()
+
+    def arm(self, moment: str) -> None:
+        """The next worker that comes by this moment stops there."""
+        (self._folder / f"armed {moment}").touch()
+
+    def reached(self) -> bool:
+        """Whether one has."""
+        return (self._folder / "held").exists()
+
+    def pid(self) -> int:
+        """Its process."""
+        return int((self._folder / "held").read_text().split()[0])
+
+    def chunk(self) -> int:
+        """The chunk whose record it was about to write."""
+        return int((self._folder / "held").read_text().split()[1])
+
+    def release(self) -> None:
+        """Let it go on."""
+        (self._folder / "held").unlink()
+
+    def wait_left(self, seconds: float = 30) -> None:
+        """Wait until it has."""
+        until = time.monotonic() + seconds
+        while not (self._folder / "left").exists():
+            assert time.monotonic() < until, "the worker does not go on"
+            time.sleep(0.02)
+
+    def clear(self) -> None:
+        """As if nothing had been armed."""
+        for path in [
+            *self._folder.glob("armed *"),
+            *(self._folder / name for name in ("held", "left", "taken", "new")),
+        ]:
+            path.unlink(missing_ok=True)
+
+
+def read_folder(job: Job, out: Path) -> Job:
+    """The plan of a backfill in another folder, where nothing is done yet."""
+    shutil.copytree(f"{job.store.url}/{layout.PLAN_FOLDER}", out / layout.PLAN_FOLDER)
+    shutil.copy(f"{job.store.url}/{layout.PLAN}", out)
+    return plans.load(open_store(out))

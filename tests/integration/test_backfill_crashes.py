@@ -1,0 +1,306 @@
+"""Whatever happens to workers and Redis: the committed bytes are those of a run that nothing happened to.
+
+Each test plans the same backfill into a folder of its own, does some harm at one moment, goes on, and compares every
+byte of parts, errors files and manifest with an undisturbed run by one worker. The moments are real: the model, or the
+system call it watches in its process, holds the worker there until the test has done what it wants to do.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import backfills
+from crashes import MOMENTS, Moments, Redis, read_folder, write_models, write_weights
+from nograd.producer import Client
+from nograd.tasks.backfill import plan as plans
+from nograd.tasks.backfill.commit import find_record
+from nograd.tasks.backfill.draft import draft
+from nograd.tasks.backfill.fingerprint import check
+from nograd.tasks.backfill.plan import ModelIdentity
+from nograd.tasks.backfill.sources import survey
+from nograd.tasks.backfill.store import open_store
+from nograd.tasks.backfill.verify import verify
+from nograd.tasks.errors import PlanChanged, SourceError
+
+#: seconds a worker may be silent
+LEASE_S = 3
+#: rows of the backfill, none a multiple of the chunk, and of a chunk, none a multiple of the batch
+ROWS, CHUNK, BATCH = 187, 36, 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("crashes")
+    write_models(folder)
+    texts = ["raise" if n % 50 == 7 else "x" * (n % 23) for n in range(ROWS)]
+    pq.write_table(pa.table({"n": range(ROWS), "text": texts}), folder / "in.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Redis(tmp_path_factory.mktemp("redis"))
+    server.start()
+    yield server
+    server.kill()
+
+
+class Fleet:
+    """Keeps two workers alive; one that was killed is replaced without waiting for the new one."""
+
+    def __init__(self, start, models):
+        self._start = lambda: start(models, ready=False, env={"NOGRAD_LEASE_S": str(LEASE_S)}.items())
+        self.workers = [self._start()]
+        self.workers[0].wait_until_ready()
+
+    def replace(self):
+        """Start as many as are missing."""
+        self.workers = [worker for worker in self.workers if worker.alive()]
+        while len(self.workers) < 2:
+            self.workers.append(self._start())
+
+    def both(self):
+        """Wait for two workers."""
+        self.replace()
+        for worker in self.workers:
+            worker.wait_until_ready()
+        return self.workers
+
+    def of(self, pid):
+        """The worker with this process."""
+        return next(worker for worker in self.workers if worker.process.pid == pid)
+
+
+@pytest.fixture(scope="module")
+def fleet(folder, start_worker):
+    return Fleet(start_worker, folder / "models.toml")
+
+
+@pytest.fixture(scope="module")
+def redis_url(server):
+    yield server.url
+    gc.collect()  # Celery's results unsubscribe when they are collected
+
+
+@pytest.fixture(scope="module")
+def client(redis_url, folder, fleet):
+    with Client(redis_url, models=folder / "models.toml") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def undisturbed(client, folder, fleet, tmp_path_factory):
+    """What one worker makes of it when nothing happens."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    job = backfills.planned(client, "scored", folder / "in.parquet", out, CHUNK, id="n")
+    backfills.run(client, job)
+    fleet.replace()
+    return job
+
+
+@pytest.fixture
+def job(undisturbed, tmp_path):
+    """The same backfill, not yet begun."""
+    return read_folder(undisturbed, tmp_path / "out")
+
+
+@pytest.fixture
+def moments(folder):
+    moments = Moments(folder)
+    yield moments
+    moments.clear()
+
+
+def check_same(job, undisturbed):
+    """Every row once, every byte the same."""
+    report = verify(job)
+    report.check()
+    assert report.rows_ok + report.rows_err == ROWS
+    assert sorted(backfills.ids(job)) == list(range(ROWS))
+    assert len(backfills.errors(job)) == len(range(7, ROWS, 50))
+    assert backfills.committed(job) == backfills.committed(undisturbed)
+    assert job.store.names("_staging") == []
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_worker_killed_at_any_moment_changes_no_byte(client, fleet, job, undisturbed, moments, moment):
+    fleet.replace()
+    moments.arm(moment)
+    backfills.drive(client, job, until=moments.reached)
+    victim = fleet.of(moments.pid())
+    victim.process.kill()
+    victim.process.wait()
+    moments.clear()
+    fleet.replace()
+    backfills.drive(client, job)
+    check_same(job, undisturbed)
+
+
+def test_a_worker_frozen_for_longer_than_its_lease_loses_its_late_commit(client, fleet, job, undisturbed, moments):
+    fleet.both()
+    moments.arm("before the record")
+    backfills.drive(client, job, until=moments.reached)
+    frozen = fleet.of(moments.pid())
+    chunk = moments.chunk()
+    frozen.process.send_signal(signal.SIGSTOP)
+    try:
+        backfills.drive(client, job)
+        winner = find_record(job.store, job.plan, chunk)
+        assert winner.worker != frozen.name
+    finally:
+        frozen.process.send_signal(signal.SIGCONT)
+    moments.release()
+    moments.wait_left()
+    wait_for(lambda: not job.store.names("_staging"), "what lost is removed")
+    assert find_record(job.store, job.plan, chunk) == winner
+    check_same(job, undisturbed)
+    assert frozen.alive()
+
+
+def test_two_workers_on_one_chunk_commit_it_once(client, fleet, job, undisturbed, moments):
+    fleet.both()
+    moments.arm("before the record")
+    window = backfills.drive(client, job, until=moments.reached)
+    chunk, first = moments.chunk(), fleet.of(moments.pid())
+    window.clear()  # nobody remembers that it is being run
+    backfills.drive(client, job)
+    winner = find_record(job.store, job.plan, chunk)
+    moments.release()
+    moments.wait_left()
+    wait_for(lambda: not job.store.names("_staging"), "what lost is removed")
+    assert find_record(job.store, job.plan, chunk) == winner
+    assert first.alive()
+    check_same(job, undisturbed)
+
+
+@pytest.mark.parametrize("moment", ["forward", "before the record"])
+def test_redis_may_forget_everything(client, fleet, job, undisturbed, moments, moment):
+    fleet.replace()
+    moments.arm(moment)
+    backfills.drive(client, job, until=moments.reached)
+    client.app.backend.client.flushall()
+    moments.release()
+    backfills.drive(client, job)
+    check_same(job, undisturbed)
+
+
+def test_redis_is_killed_and_started_again(client, fleet, server, job, undisturbed, moments):
+    fleet.replace()
+    moments.arm("finish")
+    backfills.drive(client, job, until=moments.reached)
+    server.kill()
+    moments.release()
+    moments.wait_left()
+    server.start()
+    backfills.drive(client, job)
+    check_same(job, undisturbed)
+
+
+def test_a_worker_told_to_stop_gives_its_chunk_up_and_another_runs_it(client, fleet, job, undisturbed, moments):
+    fleet.both()
+    moments.arm("forward")
+    backfills.drive(client, job, until=moments.reached)
+    leaving = fleet.of(moments.pid())
+    leaving.process.terminate()
+    wait_for(lambda: "Warm shutdown" in leaving.text(), "it has heard")
+    moments.release()
+    backfills.drive(client, job)
+    assert leaving.process.wait(60) == 0
+    check_same(job, undisturbed)
+
+
+def test_other_numbers_of_workers_make_the_same_manifest(client, fleet, job, undisturbed):
+    fleet.both()
+    backfills.run(client, job)
+    assert job.store.read("_SUCCESS") == undisturbed.store.read("_SUCCESS")
+    workers = {find_record(job.store, job.plan, chunk).worker for chunk in range(job.plan.chunks)}
+    assert len(workers) <= 2
+    check_same(job, undisturbed)
+
+
+@pytest.fixture
+def numbers(tmp_path):
+    pq.write_table(pa.table({"a": range(200), "b": range(200)}), tmp_path / "numbers.parquet")
+    return tmp_path / "numbers.parquet"
+
+
+def test_changed_weights_are_refused_by_name_until_they_are_put_back(client, fleet, folder, numbers, tmp_path):
+    fleet.both()
+    job = backfills.planned(client, "linear", numbers, tmp_path / "out", 20)
+    window = backfills.drive(client, job, until=lambda: job.store.names("_commits"))
+    window.wish = "pause"
+    before = set(job.store.names("_commits"))
+    write_weights(folder, 2.0)
+    try:
+        reload(client, "linear")
+        window.wish = "run"
+        with pytest.raises(backfills.Paused, match=r"model linear: weights was .*, is "):
+            backfills.drive(client, job)
+        assert len(job.store.names("_commits")) <= len(before) + 4  # those that were being run
+    finally:
+        write_weights(folder, 1.0)
+        reload(client, "linear")
+    window.wish = "run"
+    table = backfills.run(client, job)
+    assert table["prediction"].to_pylist() == [2.0 * n for n in range(200)]
+
+
+def reload(client, model):
+    told = client.broker.command("nograd_load", {"model": model, "reload": True}, None, 1)
+    assert told
+
+    def ready():
+        pools = client.broker.workers(1, list(told)).values()
+        return len(pools) == len(told) and all(each["hosting"][model]["status"] == "ready" for each in pools)
+
+    wait_for(ready, "the model is loaded again")
+
+
+def test_a_changed_input_is_refused_by_name_until_it_is_put_back(client, fleet, numbers, tmp_path):
+    fleet.replace()
+    job = backfills.planned(client, "linear", numbers, tmp_path / "out", 20)
+    told = numbers.stat()
+    numbers.touch()
+    with pytest.raises(backfills.Paused, match=r"numbers\.parquet was written after the plan was made"):
+        backfills.drive(client, job)
+    with pytest.raises(PlanChanged, match=r"numbers\.parquet was written after the plan was made"):
+        check(job)
+    os.utime(numbers, ns=(told.st_atime_ns, told.st_mtime_ns))
+    check(job)
+    backfills.window_of(client, job).wish = "run"
+    assert backfills.run(client, job)["prediction"].to_pylist() == [2.0 * n for n in range(200)]
+
+
+def test_no_rows_are_an_empty_part_with_its_schema(client, fleet, undisturbed, tmp_path):
+    fleet.replace()
+    pq.write_table(
+        pa.table({"n": pa.array([], pa.int64()), "text": pa.array([], pa.string())}), tmp_path / "in.parquet"
+    )
+    identity, kind = undisturbed.plan.model, undisturbed.plan.output.schema.to_arrow().field("prediction").type
+    found = survey(tmp_path / "in.parquet", id="n")
+    made = draft(found, rows_per_chunk=CHUNK, batch_rows=BATCH, model=identity, prediction=kind)
+    job = plans.save(open_store(tmp_path / "out"), made)
+    table = backfills.run(client, job)
+    assert table.num_rows == 0
+    assert table.schema.field("prediction").type == kind
+
+
+def test_ids_that_occur_twice_are_refused_before_anything_is_run(tmp_path):
+    pq.write_table(pa.table({"n": [1, 2, 1], "text": ["a", "b", "c"]}), tmp_path / "in.parquet")
+    found = survey(tmp_path / "in.parquet", id="n")
+    with pytest.raises(SourceError, match="column 'n' names 1 rows by an id another row before them has"):
+        draft(found, rows_per_chunk=CHUNK, batch_rows=BATCH, model=ModelIdentity(name="scored"), prediction=pa.int64())
+
+
+def wait_for(condition, what, seconds=30):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, what
+        time.sleep(0.05)
