@@ -24,6 +24,7 @@ from .rows import RowFailure, Slice, fits
 
 if TYPE_CHECKING:
     import numpy as np
+    import numpy.typing as npt
     import pyarrow as pa
     import pyarrow.parquet as pq
 else:
@@ -116,19 +117,18 @@ class PartWriter:
         good = piece.good_indices
         if len(predictions) != len(good):
             raise BackfillError(f"{len(predictions)} predictions for {len(good)} rows")
-        bad = {good[index]: failure for index, failure in (failures or {}).items()}
-        usable = [index for index in range(len(good)) if good[index] not in bad]
-        taken = predictions if len(usable) == len(good) else _take(predictions, usable)
-        column, misfits = self._fit(taken)
+        bad = {int(good[index]): failure for index, failure in (failures or {}).items()}
+        if failures:
+            usable = np.delete(np.arange(len(good)), list(failures))
+            good, predictions = good[usable], _take(predictions, usable)
+        column, misfits = self._fit(predictions)
         ids = piece.batch.column(self._plan.source.id)
         for index, message in misfits.items():
-            at = good[usable[index]]
+            at = int(good[index])
             bad[at] = RowFailure(
                 row=piece.rows[at].as_py(), id=ids[at].as_py(), stage="output", type="output_type", message=message
             )
-        if misfits:
-            usable = [position for index, position in enumerate(usable) if index not in misfits]
-        rows = pa.array([good[index] for index in usable], pa.int64())
+        rows = np.delete(good, list(misfits)) if misfits else good
         everything = len(rows) == len(piece)
         kept = piece.batch if everything else piece.batch.take(rows)
         arrays = [column if field.name == "prediction" else kept.column(field.name) for field in self._schema]
@@ -233,9 +233,9 @@ class PartWriter:
         return f"batch_req_{self._plan.job}_{number}"
 
 
-def _take(predictions: Any, indices: list[int]) -> Any:
+def _take(predictions: Any, indices: npt.NDArray[np.int64]) -> Any:
     if isinstance(predictions, pa.Array | pa.ChunkedArray):
-        return predictions.take(pa.array(indices, pa.int64()))
+        return predictions.take(pa.array(indices))
     return predictions[indices] if hasattr(predictions, "dtype") else [predictions[index] for index in indices]
 
 

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import pyarrow as pa
 else:
-    from .extra import pa
+    from .extra import np, pa
 
 #: where a row failed: its record could not be read; the model's ``prepare``, ``forward`` or ``finish`` raised;
 #: the prediction does not fit the declared type; the worker died over it
@@ -58,12 +60,13 @@ class Slice:
     @property
     def good(self) -> pa.RecordBatch:
         """The rows that were read: what the model is given. Its i-th row is the batch's `good_indices` [i]."""
-        return self.batch if not self.failures else self.batch.take(pa.array(self.good_indices, pa.int64()))
+        return self.batch if not self.failures else self.batch.take(self.good_indices)
 
     @property
-    def good_indices(self) -> list[int]:
+    def good_indices(self) -> npt.NDArray[np.int64]:
         """Where in the batch the rows stand that were read."""
-        return [index for index in range(len(self)) if index not in self.failures]
+        indices = np.arange(len(self), dtype=np.int64)
+        return np.delete(indices, list(self.failures)) if self.failures else indices
 
 
 def fits(value: Any, kind: pa.DataType) -> bool:

@@ -58,8 +58,8 @@ def score(name, piece, blame):
     values = piece.good.column(blame["column"]).to_pylist()
     bad = {
         index: RowFailure(
-            row=piece.rows[piece.good_indices[index]].as_py(),
-            id=piece.batch.column(blame["id"])[piece.good_indices[index]].as_py(),
+            row=piece.rows[int(piece.good_indices[index])].as_py(),
+            id=piece.batch.column(blame["id"])[int(piece.good_indices[index])].as_py(),
             stage="predict",
             type="model_failed",
             message=f"{value} is negative",

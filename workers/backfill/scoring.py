@@ -146,7 +146,7 @@ class _Blame:
 
     def __call__(self, piece: Slice, good: int, stage: Stage, error: NogradError) -> RowFailure:
         """Why the ``good``-th good row of a slice failed."""
-        at = piece.good_indices[good] if piece.failures else good
+        at = int(piece.good_indices[good]) if piece.failures else good
         return RowFailure(
             row=piece.rows[at].as_py(),
             id=piece.batch.column(self.id)[at].as_py(),
@@ -318,7 +318,7 @@ class _Objects:
 
     def _begin(self, piece: Slice) -> None:
         """Have a slice prepared."""
-        good = piece.good_indices
+        good = piece.good_indices.tolist()
         pending = _Pending(piece, len(good), [None] * len(good))
         for index, at in enumerate(good):
             if piece.position + at in self._killers:

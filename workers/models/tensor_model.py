@@ -17,7 +17,7 @@ from .compiling import bucket_sizes, mark_free, padded
 from .images import Transform, colour_mode, configured_transform, decode_image
 from .inference import cast, dtype_of, ready_for_inference
 from .labels import classify, read_labels
-from .tensors import TensorReader, split, stack, to_json
+from .tensors import TensorReader, all_finite, split, stack, to_json
 
 #: What stands for a free dimension in a warm-up with zeros: enough for a stack of poolings, little for a sequence.
 _FREE_DIMENSION = 32
@@ -167,7 +167,7 @@ class TensorModel(HostedModel):
         """
         if self.labels is not None or outputs.is_complex() or not outputs.ndim:
             return None
-        if outputs.is_floating_point() and not torch.isfinite(outputs).all():
+        if outputs.is_floating_point() and not all_finite(outputs):
             return None
         if outputs.ndim < 3 and outputs.numel() == len(outputs):
             outputs = outputs.reshape(-1)

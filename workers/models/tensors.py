@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +54,7 @@ class TensorReader:
         return self._cast(array) if self.dtype.is_floating_point else self._cast_whole(array)
 
     def read_rows(self, array: np.ndarray[Any, Any]) -> tuple[torch.Tensor, dict[int, InvalidInput]]:
-        """Check and cast many inputs that stand in one array: ``(n, *shape)``.
+        """Check and cast many inputs that stand in one array: ``(n, *shape)``, whose memory the tensor may take over.
 
         Returns:
             All of them, and for those that `read` would have refused, by their index, what it would have raised. What
@@ -67,9 +68,13 @@ class TensorReader:
         self._check_shape(array.shape[1:])
         wrong: dict[int, InvalidInput] = {}
         with np.errstate(over="ignore", invalid="ignore"):
-            tensor = torch.from_numpy(array.astype(_NUMPY.get(self.dtype, np.int64))).to(self.dtype)
+            # A copy where it is read-only (torch warns about that) or of another type.
+            own = array.astype(_NUMPY.get(self.dtype, np.int64), copy=not array.flags.writeable)
+        tensor = torch.from_numpy(own).to(self.dtype)
         if not self.dtype.is_floating_point:
             doubtful = np.arange(len(array)) if array.dtype.kind == "f" or self.dtype is torch.bool else _outside(array)
+        elif all_finite(tensor):
+            return tensor, wrong
         else:
             doubtful = torch.nonzero(~torch.isfinite(tensor.reshape(len(tensor), -1)).all(dim=1)).flatten().numpy()
         for index in doubtful.tolist():
@@ -125,6 +130,14 @@ class TensorReader:
             index = _first(wrong)
             raise InvalidInput(f"{_place(index)} is {array[index]}; the model takes whole numbers, {low} to {high}")
         return torch.from_numpy(array.astype(np.int64)).to(self.dtype)
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether there is no NaN and no infinity among floats; one pass without a temporary where there is none."""
+    # Neither goes away in a sum. A sum of large numbers may overflow: only then each one is looked at.
+    return math.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)).item()) or bool(
+        torch.isfinite(tensor).all()
+    )
 
 
 def _outside(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

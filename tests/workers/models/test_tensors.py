@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 from nograd.tasks.errors import InvalidInput, ModelFailed, OutputMismatch
-from nograd.workers.models.tensors import TensorReader, split, stack, to_json
+from nograd.workers.models.tensors import TensorReader, all_finite, split, stack, to_json
 
 NAN, INF = math.nan, math.inf
 
@@ -261,3 +261,15 @@ def outcome(reader, row):
 def test_rows_of_another_shape_are_refused_together():
     with pytest.raises(InvalidInput, match="row has 2 values, the model takes 3"):
         TensorReader(dtype=torch.float32, row=True, shape=(3,)).read_rows(np.zeros((5, 2)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("values", [[], [1.0], [NAN], [INF], [1.0, -INF], [INF, -INF], [1.0, NAN, INF]])
+def test_all_finite_is_what_isfinite_says(values, dtype):
+    tensor = torch.tensor(values, dtype=dtype)
+    assert all_finite(tensor) == bool(torch.isfinite(tensor).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_large_numbers_whose_sum_overflows_are_finite(dtype):
+    assert all_finite(torch.full((10,), torch.finfo(dtype).max, dtype=dtype))
