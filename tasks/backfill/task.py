@@ -23,7 +23,7 @@ import msgspec
 from celery import shared_task
 
 from nograd.tasks.errors import ConfigError
-from nograd.tasks.keys import CHUNKS, queue_name
+from nograd.tasks.keys import BULK, CHUNKS, queue_name
 
 from .plan import Extent, InputFile, Job, ModelIdentity, SourceSpec, TableSchema
 
@@ -142,7 +142,7 @@ def send_sample(app: Any, sample: Sample) -> Any:
         CALIBRATE,
         kwargs=msgspec.to_builtins(sample, str_keys=True),
         queue=queue_name(sample.model),
-        priority=CHUNKS,
+        priority=BULK,  # above the chunks of other backfills: somebody waits for it
         expires=3600,
         argsrepr=f"calibrate {sample.model}",
         kwargsrepr="{}",
