@@ -256,12 +256,12 @@ def test_a_job_that_never_works_fails_with_its_own_error_and_is_not_tried_again(
 
 def test_sigterm_gives_back_at_once_what_has_not_started_and_finishes_the_rest(fleet):
     worker = fleet.start()
-    first = fleet.linger(4)
+    first = fleet.linger(12)
     until(lambda: fleet.times(first))
     others = [fleet.linger(0) for _ in range(20)]
     until(lambda: fleet.queued() == 0)
     worker.process.send_signal(signal.SIGTERM)
-    until(lambda: fleet.queued() == 20, 3.5)
+    until(lambda: fleet.queued() == 20, 11)  # while the first is still running
     assert worker.alive()  # it is still at the first
     assert not first.ready()
     assert worker.process.wait(TIMEOUT) == 0

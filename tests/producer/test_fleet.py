@@ -174,6 +174,8 @@ def test_worker_starts_the_launcher_with_what_it_was_told(models, monkeypatch):
         "gpus": "0,2",
         "concurrency": 9,
         "celery_args": ("-Q", "x"),
+        "only": (),
+        "memory_budget": None,
         "url": "redis://given/1",
     }
 

@@ -218,11 +218,12 @@ def test_a_worker_keeps_to_its_share_of_the_cores_and_to_the_models_it_is_given(
     assert "succeeded" not in launched.text()  # a worker's log tells of the worker, not of each job
 
 
-def test_who_asks_for_a_log_level_reads_of_each_job(launch, redis_url):
-    with launch("none", "--", "-l", "INFO") as launched, Client(redis_url) as client:
+def test_who_asks_for_a_log_level_reads_of_each_job(launch, models, redis_url):
+    file = models.with_name("two.toml")
+    with launch("none", "--only", "threads", "--", "-l", "INFO", models=file) as launched, Client(redis_url) as client:
         launched.until_ready()
-        job = client.submit("double", 2)
-        assert job.result(30) == 4
+        job = client.submit("threads", 0)
+        job.result(30)
         launched.until(lambda: f"{job.id}] succeeded" in launched.text(), 10)
 
 
