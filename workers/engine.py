@@ -21,11 +21,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from celery.worker.state import maybe_shutdown
 
 from nograd.tasks.errors import ConfigError, DeadlinePassed, InvalidInput, JobError, ModelFileError, NogradError
+from nograd.tasks.keys import SAFE_SIZE_TTL_S
 from nograd.tasks.modelfile import ModelFile
 from nograd.tasks.predict import Outcome
 
@@ -157,6 +159,8 @@ class Engine:
         self.memory = MemoryBudget(self.device, memory_budget)
         self.activities = Activities()
         self._hooks = hooks or Hooks()
+        #: rows of a backfill's batch that fit into one forward, where not all did, and when that was found out
+        self._block_fits: WeakKeyDictionary[HostedModel, tuple[int, float]] = WeakKeyDictionary()
         self._on_device: Sequence[Item] = ()
         self._last_forward: Sequence[Item] = ()
         self._thread: threading.Thread | None = None
@@ -337,6 +341,9 @@ class Engine:
             failed += len(piece) if isinstance(result, JobError) else 0
             block.settle(piece[0], piece[-1] + 1, result)
 
+        known = self._block_fits.get(model)
+        if known is not None and time.monotonic() - known[1] > SAFE_SIZE_TTL_S:
+            known = None
         fits = run_pieces(
             model,
             range(len(block.rows)),
@@ -345,7 +352,10 @@ class Engine:
             self.device,
             lambda _: self._begin("the forward", model, [item]),
             on_done,
+            None if known is None else known[0],
         )
+        if fits is not None and (known is None or fits < known[0]):
+            self._block_fits[model] = (fits, time.monotonic())
         self._end()
         stats.count(len(block.rows), failed, time.monotonic() - began)
         block.finish(fits)

@@ -98,6 +98,7 @@ def run_pieces(  # noqa: PLR0917 - two of them are what, five are how
     device: torch.device,
     on_forward: Callable[[Sequence[T]], None],
     on_done: Callable[[Sequence[T], Sequence[Any] | JobError], None],
+    fits: int | None = None,
 ) -> int | None:
     """Run a batch in as few pieces as succeed.
 
@@ -109,14 +110,15 @@ def run_pieces(  # noqa: PLR0917 - two of them are what, five are how
         device: where the model is.
         on_forward: called with the members of each forward before it runs.
         on_done: called with members and their outputs, or with the one member that failed and its error.
+        fits: how many members fit into one forward, if that was found out before.
 
     Returns:
-        How many members fit into one forward, if more than that ran out of memory; else None.
+        How many members fit into one forward, if more than that ran out of memory, now or before; else None.
 
     Raises:
         DeviceLost: see `run_isolated`.
     """
-    pieces, fits = [batch], None
+    pieces = [batch]
     while pieces:
         piece = pieces.pop()
         if fits is not None and len(piece) > fits:

@@ -10,7 +10,7 @@ from nograd.tasks.errors import InvalidInput, JobError, ModelFailed, OutputMisma
 from nograd.tasks.predict import Outcome
 from nograd.workers.batching import Item
 from nograd.workers.faults import DeviceLost
-from nograd.workers.forward import run_isolated
+from nograd.workers.forward import run_isolated, run_pieces
 
 CPU = torch.device("cpu")
 
@@ -188,3 +188,20 @@ def test_a_job_error_of_the_model_keeps_its_type_in_each_place():
 
     outcomes, _, _ = run(raising(OwnError("mine"), {1}), range(2))
     assert type(outcomes[1].error) is OwnError
+
+
+@pytest.mark.parametrize(("fits", "sizes"), [(None, [10, 5, 2, 2, 1, 2, 2, 1]), (2, [2] * 5)])
+def test_what_fits_is_found_out_once(fits, sizes):
+    """A backfill's batches are cut from a tensor, and begin with what the last one found out."""
+    rows, done = torch.arange(10), {}
+    model = Model(short_of_memory(2, MemoryError()))
+
+    def keep(piece, outputs):
+        done.update(zip(piece, outputs, strict=True))
+
+    found = run_pieces(
+        model, range(10), lambda piece: rows[piece[0] : piece[-1] + 1], {}, CPU, lambda piece: None, keep, fits
+    )
+    assert found == 2
+    assert model.sizes == sizes
+    assert {row: int(output) for row, output in done.items()} == {row: row for row in range(10)}

@@ -64,8 +64,10 @@ class Block:
         Args:
             fits: rows that fitted into one forward, if all of them did not.
         """
-        if fits is not None:
-            self.split.append(f"a batch of {len(self.rows)} rows ran out of memory and was run by {fits}")
+        if fits is not None and fits < len(self.rows):
+            told = f"batches of more than {fits} rows did not fit into memory and were run in parts"
+            if told not in self.split:
+                self.split.append(told)
         covered = sum(stop - start for start, stop, _ in self.segments)
         if covered != len(self.rows):
             lost = JobError(f"{len(self.rows) - covered} rows of a batch have no outcome; this is a bug")
