@@ -15,6 +15,7 @@ from celery.signals import celeryd_init, import_modules
 from kombu import Queue
 
 from .errors import ConfigError, InvalidInput
+from .events import Clock
 from .keys import LOG_JOBS, PREDICT_TASK, queue_name
 from .modelfile import load_model_file
 from .settings import Settings
@@ -44,7 +45,9 @@ def create_app(settings: Settings) -> Celery:
         broker=settings.redis_url,
         backend=settings.redis_url,
         amqp="nograd.tasks.transport:AMQP",  # the transport that loses no job
+        events="nograd.tasks.events:Events",
     )
+    app.clock = Clock()
     # The environment of a host program often names its own Celery's Redis: CELERY_BROKER_URL and CELERY_RESULT_BACKEND
     # come before what an app was made with, but not before these three.
     app.backend_cls = settings.redis_url
