@@ -33,7 +33,7 @@ test: lint  ## what CI runs
 test-long: install  ## the tests that take minutes
 	$(BIN)/pytest -m 'slow and not gpu' --timeout 1800 $(PYTEST_ARGS)
 
-chaos: install  ## kill, freeze and cut real workers and Redis, then check the history: make chaos ARGS="--rounds 40 --seed 1"
+chaos: install  ## kill, freeze and cut real workers and Redis, then check the history: make chaos ARGS="--rounds 40 --seed 1" or ARGS="backfill"
 	$(BIN)/python benchmarks/chaos $(ARGS)
 
 test-gpu: install  ## on a machine with a CUDA device

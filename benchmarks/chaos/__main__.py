@@ -1,7 +1,7 @@
 """Break workers and Redis at random moments under load, then read the history: ``python benchmarks/chaos --help``.
 
 Prints jobs accepted, completed, lost, run more than once, and recovery times; exits 1 if the promises did not hold.
-With ``--stock`` the same is done to stock Celery, as the negative control.
+With ``--stock`` the same is done to stock Celery, as the negative control. ``backfill --help``: the same for backfills.
 """
 
 from __future__ import annotations
@@ -267,6 +267,10 @@ def _redis_executable() -> str:
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["backfill"]:
+        import backfill
+
+        return backfill.main(sys.argv[2:])
     parser = argparse.ArgumentParser(
         prog="chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -17,6 +17,9 @@ IMAGE_BATCH = 32
 #: seconds of one forward of the simulated accelerator: so much, and so much more for each item
 SIMULATED_S, SIMULATED_ITEM_S = 0.005, 0.0005
 SIMULATED_BATCH = 64
+#: rows in one forward over a table, texts in one over text
+NUMBERS_BATCH = 4096
+TEXT_BATCH = 32
 
 MODEL_FILE = f"""
 [mlp]
@@ -40,6 +43,26 @@ weights = "accelerator.pth"
 input = "rows"
 shape = [16]
 batch = {{ max_items = {SIMULATED_BATCH} }}
+
+[table]
+loader = "module"
+class = "common.hosted:MLP"
+weights = "mlp.pth"
+input = "rows"
+shape = [16]
+batch = {{ max_items = {NUMBERS_BATCH} }}
+
+[bucketed]
+loader = "python"
+class = "common.hosted:Bucketed"
+input = "text"
+batch = {{ max_items = {TEXT_BATCH} }}
+
+[as-they-come]
+loader = "python"
+class = "common.hosted:AsTheyCome"
+input = "text"
+batch = {{ max_items = {TEXT_BATCH} }}
 """
 
 _FORWARD = struct.Struct("ddI")
@@ -71,6 +94,33 @@ class SimulatedAccelerator(torch.nn.Module):
         time.sleep(max(0.0, began + SIMULATED_S + SIMULATED_ITEM_S * len(x) - time.monotonic()))
         os.write(self.trace, _FORWARD.pack(began, time.monotonic(), len(x)))
         return y
+
+
+class AsTheyCome:
+    """A small transformer over words; a batch is padded to its longest text."""
+
+    def load(self, device: torch.device) -> None:
+        torch.manual_seed(0)
+        layer = torch.nn.TransformerEncoderLayer(128, 4, 512, batch_first=True)
+        self.embed = torch.nn.Embedding(1024, 128, padding_idx=0)
+        self.encoder = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+        self.device = device
+
+    def prepare(self, text: str) -> torch.Tensor:
+        return torch.tensor([1 + sum(map(ord, word)) % 1023 for word in text.split()])
+
+    def forward(self, batch: list[torch.Tensor]) -> list[float]:
+        tokens = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
+        masked = tokens == 0
+        out = self.encoder(self.embed(tokens), src_key_padding_mask=masked).masked_fill(masked[..., None], 0)
+        return (out.sum(1).mean(1) / (~masked).sum(1)).tolist()
+
+
+class Bucketed(AsTheyCome):
+    """The same; texts of about a length share a batch."""
+
+    def bucket(self, tokens: torch.Tensor) -> int:
+        return len(tokens).bit_length()
 
 
 def forwards(trace: Path) -> dict[str, list[tuple[float, float, int]]]:

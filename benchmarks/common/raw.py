@@ -40,24 +40,28 @@ class ResNet:
         """Images per second, one step after the other."""
         began = time.perf_counter()
         for files_of_batch in _batches(files, batch):
-            self._forward([self._prepare(file) for file in files_of_batch])
+            self.answers([self.prepare(file) for file in files_of_batch])
         return len(files) / (time.perf_counter() - began)
 
     def overlapped(self, files: Sequence[bytes], batch: int, threads: int) -> float:
         """Images per second with the next batches prepared on threads meanwhile, as a DataLoader would."""
         began = time.perf_counter()
         with ThreadPoolExecutor(threads) as pool:
-            prepared = pool.map(self._prepare, files)
+            prepared = pool.map(self.prepare, files)
             while tensors := list(itertools.islice(prepared, batch)):
-                self._forward(tensors)
+                self.answers(tensors)
         return len(files) / (time.perf_counter() - began)
 
-    def _prepare(self, file: bytes) -> torch.Tensor:
+    def prepare(self, file: bytes) -> torch.Tensor:
+        """A file as the model's input."""
         return self.transform(Image.open(io.BytesIO(file)).convert("RGB"))
 
-    def _forward(self, tensors: list[torch.Tensor]) -> list[tuple[list[float], list[int]]]:
+    def answers(self, tensors: Sequence[torch.Tensor] | torch.Tensor) -> list[tuple[list[float], list[int]]]:
+        """Scores and classes, the best five of each."""
         with torch.no_grad():
-            scores = self.model(torch.stack(tensors)).softmax(1)
+            scores = self.model(tensors if isinstance(tensors, torch.Tensor) else torch.stack(tuple(tensors))).softmax(
+                1
+            )
         return [(values.tolist(), indices.tolist()) for values, indices in zip(*scores.topk(5), strict=True)]
 
 

@@ -94,9 +94,11 @@ class PartWriter:
         self._rows = rows
         self._schema = plan.output.schema.to_arrow()
         self._kind = self._schema.field("prediction").type
+        self._rows_ok = 0
         self._batches: list[pa.RecordBatch] = []
-        self._numbers: list[pa.Array] = []
+        self._numbers: list[pa.Array] = []  # of OpenAI's lines only
         self._failures: list[RowFailure] = []
+        self._groups = _Groups(plan, chunk, self._schema) if plan.output.format == "parquet" else None
 
     def add(
         self,
@@ -132,8 +134,13 @@ class PartWriter:
         everything = len(rows) == len(piece)
         kept = piece.batch if everything else piece.batch.take(rows)
         arrays = [column if field.name == "prediction" else kept.column(field.name) for field in self._schema]
-        self._batches.append(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
-        self._numbers.append(piece.rows if everything else piece.rows.take(rows))
+        done = pa.RecordBatch.from_arrays(arrays, schema=self._schema)
+        self._rows_ok += len(rows)
+        if self._groups is not None:
+            self._groups.add(done)
+        else:
+            self._batches.append(done)
+            self._numbers.append(piece.rows if everything else piece.rows.take(rows))
         self._failures.extend(failure for _, failure in sorted({**bad, **piece.failures}.items()))
 
     def finish(self) -> Part:
@@ -142,15 +149,18 @@ class PartWriter:
         Raises:
             BackfillError: if rows are missing or too many.
         """
-        table = pa.Table.from_batches(self._batches, self._schema)
-        if table.num_rows + len(self._failures) != self._rows:
+        if self._rows_ok + len(self._failures) != self._rows:
             raise BackfillError(
-                f"chunk {self._plan.chunk_id(self._chunk)}: {table.num_rows} predictions and {len(self._failures)} "
+                f"chunk {self._plan.chunk_id(self._chunk)}: {self._rows_ok} predictions and {len(self._failures)} "
                 f"failed rows are not the {self._rows} rows of the plan"
             )
-        write = {"parquet": self._parquet, "jsonl": _jsonl, "openai": self._openai}[self._plan.output.format]
+        if self._groups is not None:
+            data = self._groups.finish()
+        else:
+            table = pa.Table.from_batches(self._batches, self._schema)
+            data = self._openai(table) if self._plan.output.format == "openai" else _jsonl(table)
         failed = self._openai_errors() if self._plan.output.format == "openai" else _lines(self._failures)
-        return Part(data=write(table), errors=failed, rows_ok=table.num_rows, rows_err=len(self._failures))
+        return Part(data=data, errors=failed, rows_ok=self._rows_ok, rows_err=len(self._failures))
 
     def _fit(self, predictions: Any) -> tuple[pa.Array, dict[int, str]]:
         """The predictions in the declared type, and which do not fit."""
@@ -173,27 +183,6 @@ class PartWriter:
             except _MISFIT:
                 misfits[index] = f"the prediction {_shown(value)} is no {self._kind}"
         return (pa.concat_arrays(fitting) if fitting else pa.array([], self._kind)), misfits
-
-    def _parquet(self, table: pa.Table) -> bytes:
-        metadata = {
-            "nograd.plan": self._plan.sha256,
-            "nograd.chunk": str(self._chunk),
-            "nograd.model": self._plan.model.name,
-            "nograd.model_sha256": self._plan.model.sha256,
-            "nograd.versions": msgspec.json.encode(
-                {**self._plan.versions, **self._plan.model.versions}, order="deterministic"
-            ).decode(),
-        }
-        sink = pa.BufferOutputStream()
-        pq.write_table(
-            table.replace_schema_metadata(metadata).combine_chunks(),
-            sink,
-            row_group_size=self._plan.output.row_group_rows,
-            compression="zstd",
-            version="2.6",
-            write_statistics=True,
-        )
-        return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
 
     def _openai(self, table: pa.Table) -> bytes:
         rows = table.to_pylist()
@@ -231,6 +220,54 @@ class PartWriter:
 
     def _request(self, number: int) -> str:
         return f"batch_req_{self._plan.job}_{number}"
+
+
+class _Groups:
+    """A Parquet file, written row group by row group: what is held is one group, not a chunk.
+
+    Holding predictions for longer would cost many times their size: they lie among what the forwards of a model take
+    and give back, and the heap cannot use what is between them.
+    """
+
+    def __init__(self, plan: Plan, chunk: int, schema: pa.Schema) -> None:
+        metadata = {
+            "nograd.plan": plan.sha256,
+            "nograd.chunk": str(chunk),
+            "nograd.model": plan.model.name,
+            "nograd.model_sha256": plan.model.sha256,
+            "nograd.versions": msgspec.json.encode(
+                {**plan.versions, **plan.model.versions}, order="deterministic"
+            ).decode(),
+        }
+        self._schema = schema.with_metadata(metadata)
+        self._sink = pa.BufferOutputStream()
+        self._file = pq.ParquetWriter(
+            self._sink, self._schema, compression="zstd", version="2.6", write_statistics=True
+        )
+        self._group_rows = plan.output.row_group_rows
+        self._held: list[pa.RecordBatch] = []
+        self._rows = 0
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Write the groups that are full now."""
+        self._held.append(batch)
+        self._rows += batch.num_rows
+        while self._rows >= self._group_rows:
+            self._write(self._group_rows)
+
+    def finish(self) -> bytes:
+        """The file."""
+        self._write(self._rows)
+        self._file.close()
+        return self._sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+
+    def _write(self, rows: int) -> None:
+        table = pa.Table.from_batches(self._held, self._held[0].schema if self._held else self._schema)
+        if rows:
+            group = table.slice(0, rows).combine_chunks()
+            self._file.write_table(group.replace_schema_metadata(self._schema.metadata), rows)
+        self._rows -= rows
+        self._held = table.slice(rows).to_batches()
 
 
 def _take(predictions: Any, indices: npt.NDArray[np.int64]) -> Any:
