@@ -53,6 +53,29 @@ class Crew(Generic[T]):
             self._lanes[bulk].append(item)
             self._tickets.put(True)
 
+    @property
+    def urgent(self) -> bool:
+        """Whether `overtake` would find something to do."""
+        return bool(self._lanes[0])
+
+    def waiting(self) -> list[T]:
+        """Items nobody has begun with, as far as one can tell."""
+        return [item for lane in self._lanes for item in lane.copy()]
+
+    def withdraw(self, item: T) -> bool:
+        """Take out an item that waits; False if a thread has taken it, or is about to."""
+        try:
+            ticket = self._tickets.get_nowait()
+        except queue.Empty:
+            return False
+        if ticket:
+            for lane in self._lanes:
+                with suppress(ValueError, IndexError):  # IndexError: others were at it meanwhile
+                    lane.remove(item)
+                    return True
+        self._tickets.put(ticket)
+        return False
+
     def overtake(self) -> bool:
         """Do what waits and is not bulk, on the calling thread, in the middle of other work; whether there was any."""
         done = False

@@ -10,6 +10,7 @@ Laws:
   `Exception`, becomes the outcome of an item and the thread lives on; except when the device is lost.
 * An item whose deadline passes, waiting or on the device, is resolved by `expire` at that moment; what the forward says
   of it later is dropped.
+* A job over which a worker has died is prepared, run and finished here, while nothing else runs that may crash.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ from .memory import MemoryBudget
 from .models import HostedModel, open_model
 from .models.version import fingerprint, identify
 from .models.warmup import warm_up
+from .outputs import finish
 from .resources import show_size
+from .risk import Risks
 from .stopwatch import Forward
 from .watchdog import Activities
 
@@ -140,6 +143,7 @@ class Engine:
         queue: prepared items for the device thread.
         stats: counters per model.
         activities: what runs a model's code just now, on this thread and others.
+        risks: which of it may crash the process.
         memory: what the models hold.
     """
 
@@ -158,6 +162,7 @@ class Engine:
         self.device = device or default_device()
         self.memory = MemoryBudget(self.device, memory_budget)
         self.activities = Activities()
+        self.risks = Risks(self.activities)
         self._hooks = hooks or Hooks()
         #: rows of a backfill's batch that fit into one forward, where not all did, and when that was found out
         self._block_fits: WeakKeyDictionary[HostedModel, tuple[int, float]] = WeakKeyDictionary()
@@ -298,26 +303,40 @@ class Engine:
         model = self.models[batch.model]
         self._on_device = batch.items
         try:
-            items = [item for item in batch.items if self._wanted(item) and self._prepared(item, model)]
-            if items and items[0].block:
-                self._run_block(model, items[0])
-            elif items:
-                self._run(model, items)
+            if any(item.late is not None for item in batch.items):
+                with self.risks.gate.alone():
+                    self._run_items(model, batch.items)
+            else:
+                self._run_items(model, batch.items)
         finally:
             self._on_device = ()
             self.activities.end()
+
+    def _run_items(self, model: HostedModel, batch: Sequence[Item]) -> None:
+        items = [item for item in batch if self._wanted(item) and self._prepared(item, model)]
+        if items and items[0].block:
+            self._run_block(model, items[0])
+        elif items:
+            self._run(model, items)
 
     def _run(self, model: HostedModel, items: list[Item]) -> None:
         stats = self.stats[model.name]
         began = time.monotonic()
         outcomes: list[tuple[Item, Outcome]] = []
+
+        def on_outcome(item: Item, outcome: Outcome) -> None:
+            if item.late is not None and outcome.error is None:
+                self._begin("finish", model, [item])
+                outcome = finish(model, outcome.value, item.job.params)
+            outcomes.append((item, outcome))
+
         try:
             fits = run_isolated(
                 model,
                 items,
                 self.device,
                 lambda piece: self._begin("the forward", model, piece),
-                lambda item, outcome: outcomes.append((item, outcome)),
+                on_outcome,
             )
             self._end()
         finally:  # what was done before the device was lost counts as well

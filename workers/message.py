@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nograd.tasks.errors import JobError
+from nograd.tasks.errors import DeadlinePassed, JobError
 from nograd.tasks.predict import Outcome
 
 from .handle import Handle
@@ -32,6 +32,7 @@ class Message(Handle):
         body: ``(args, kwargs, embed)`` for Celery's tracer: decoded once, and in one form whatever the sender wrote.
         deaths: workers that died while it was on their device.
         watch: how long its stages take.
+        peeked: whether its time limit has been looked for while it waited to be read.
     """
 
     def __init__(self, celery: Callbacks, args: TraceArgs) -> None:
@@ -42,6 +43,7 @@ class Message(Handle):
         self.many = False
         self.timeout_s: float | None = None
         self.deaths = 0
+        self.peeked = False
         self.watch = Stopwatch(self.received)
         self._outcomes: list[Outcome | None] = []
         self._waiting = 0
@@ -91,9 +93,29 @@ class Message(Handle):
         """Whether no item of it has had device time."""
         return all(outcome is None or outcome.error is not None for outcome in self._outcomes)
 
-    def outcome(self) -> Outcome:
-        """The outcome of the whole message, predictions finished."""
-        outcomes = [self._finish(outcome) for outcome in self._outcomes if outcome is not None]
+    def expire(self) -> None:
+        """Its time is over: resolve every item that has no outcome yet."""
+        for index in range(len(self._outcomes)):
+            self.resolve(index, Outcome(error=DeadlinePassed("no prediction within the job's timeout_s")))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every item has its outcome."""
+        return self._waiting == 0
+
+    def outcome(self, on_item: Callable[[], None]) -> Outcome:
+        """The outcome of the whole message, predictions finished.
+
+        Args:
+            on_item: called before an item is finished.
+        """
+        # What ran alone was finished where it ran.
+        model = None if self.alone else self.model
+        outcomes = [outcome for outcome in self._outcomes if outcome is not None]
+        for index, outcome in enumerate(outcomes):
+            if model is not None and outcome.error is None:
+                on_item()
+                outcomes[index] = finish(model, outcome.value, self.params)
         if not self.many:
             return outcomes[0]
         return Outcome(value=[_wire(outcome) for outcome in outcomes])
@@ -114,11 +136,6 @@ class Message(Handle):
             "args": headers.get("argsrepr"),
             "kwargs": headers.get("kwargsrepr"),
         }
-
-    def _finish(self, outcome: Outcome) -> Outcome:
-        if outcome.error is not None or self.model is None:
-            return outcome
-        return finish(self.model, outcome.value, self.params)
 
 
 def _wire(outcome: Outcome) -> dict[str, Any]:

@@ -145,7 +145,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             raise SystemExit(EXIT_CONFIG) from err
         task = self.app.tasks[PREDICT_TASK]
         _, hostname = self.options.get("initargs") or (None, "")
-        self.settler = Settler(ResultStore(self.app, task, hostname), task.resultrepr_maxsize, engine.activities)
+        self.settler = Settler(ResultStore(self.app, task, hostname), task.resultrepr_maxsize, engine.risks)
         self.intake = Intake(self.limit, self._largest(), lambda: engine.queue.waiting, transport.resume)
         engine.queue.on_taken = self.intake.eased
         transport.throttle(self._room)
@@ -156,7 +156,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             threads=resources.threads,
             claim_s=Settings.from_env().lease_s,
         )
-        self.preparer = Preparer(
+        self.preparer = preparer = Preparer(
             engine.models,
             engine.queue,
             self.settler,
@@ -165,12 +165,17 @@ class TaskPool(BasePool):  # type: ignore[misc]
             self._take_back,
             intake=self.intake,
             threads=resources.threads,
-            activities=engine.activities,
+            risks=engine.risks,
         )
+
+        def expire() -> None:
+            engine.expire()
+            preparer.expire()
+
         self.watchdog = Watchdog(
             engine.activities,
             lambda: [model.spec.hard_timeout_s for model in list(engine.models.values())],
-            engine.expire,
+            expire,
             self._on_hung,
         )
         self.sizes = SafeSizes(self.app.backend.client, kind_of(engine.device), engine.models.keys, engine.queue.cap)

@@ -6,14 +6,15 @@ Laws:
 * Interactive messages are prepared before bulk ones, and between the inputs of a bulk one.
 * An input that cannot be prepared is resolved with its own error; the others of its message go on.
 * A message that cannot be read at all ends with an error that says what is wrong with it.
+* A message whose time is over is told so by `expire`, also while it waits for a thread or is being prepared.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -31,17 +32,16 @@ from .engine import as_invalid
 from .intake import Intake
 from .message import UNREADABLE, Message
 from .models import HostedModel
+from .risk import Risks, is_risky_to_prepare
 from .settle import Settler
 from .trace import as_job_error
-from .watchdog import Activities
 
 logger = logging.getLogger(__name__)
 
 #: workers that may die over a job before it is given up
 MOST_DEATHS = 3
-#: inputs whose preparation runs code that may crash the process (image decoders, a user's own). Saying so to Redis
-#: costs two small writes, which would be most of the work for a row of numbers.
-RISKY_KINDS = frozenset({"image", "json"})
+#: seconds a message has waited for a thread when its time limit is looked for: reading it twice is only worth it then
+PEEK_S = 0.5
 
 
 class Preparer:
@@ -56,7 +56,7 @@ class Preparer:
         on_unknown: called with a message for a model that is not here, and its name; whether it took care of it.
         intake: hears of every message how many items it has.
         threads: how many prepare at a time.
-        activities: where a thread says what it does.
+        risks: where a thread says what it does.
     """
 
     def __init__(  # noqa: PLR0917 - what it owns and whom it tells
@@ -70,7 +70,7 @@ class Preparer:
         *,
         intake: Intake,
         threads: int,
-        activities: Activities,
+        risks: Risks,
     ) -> None:
         self._models = models
         self._batches = batches
@@ -79,12 +79,17 @@ class Preparer:
         self._on_poison = on_poison
         self._on_unknown = on_unknown
         self._intake = intake
-        self._activities = activities
+        self._risks = risks
         self._crew: Crew[Message] = Crew("nograd-prepare", threads, self._work)
+        #: for messages whose time is over before one of the others gets to them
+        self._late: Crew[Message] = Crew("nograd-late", 1, self._work)
+        #: messages that have a deadline, while they are prepared
+        self._timed: dict[Message, float] = {}
 
     def start(self) -> None:
         """Start the threads."""
         self._crew.start()
+        self._late.start()
 
     def submit(self, message: Message) -> None:
         """Take a message from Celery's event loop. Never blocks."""
@@ -97,7 +102,20 @@ class Preparer:
 
     def finish(self, timeout_s: float | None = None) -> bool:
         """Wait for what is being prepared; False if that took longer than ``timeout_s`` seconds."""
-        return self._crew.finish(timeout_s)
+        return self._crew.finish(timeout_s) and self._late.finish(timeout_s)
+
+    def expire(self) -> None:
+        """Give up every message whose time is over and that is not prepared yet. For the watchdog's thread."""
+        now = time.monotonic()
+        for message, deadline in list(self._timed.items()):
+            if deadline <= now:
+                message.expire()
+        for message in self._crew.waiting():
+            if not message.peeked and now - message.received > PEEK_S:
+                message.peeked = True
+                self._peek(message)
+            if message.deadline is not None and message.deadline <= now and self._crew.withdraw(message):
+                self._late.submit(message)
 
     def _work(self, messages: list[Message]) -> None:
         for message in messages:
@@ -127,10 +145,13 @@ class Preparer:
             self._settler.submit(message, Outcome(error=err))
             return
         self._intake.read(len(inputs), bulk=message.bulk)
-        if not inputs:
+        if inputs:
+            message.expect(len(inputs), self._settler.submit)
+            self._prepare_all(message, inputs)
+        else:
             self._settler.submit(message, Outcome(value=[]))
-            return
-        message.expect(len(inputs), self._settler.submit)
+
+    def _prepare_all(self, message: Message, inputs: list[Any]) -> None:
         model = message.model
         assert model is not None
         if message.alone:
@@ -138,6 +159,8 @@ class Preparer:
         else:
             items = self._prepare_items(message, model, inputs)
         message.watch.prepared = time.monotonic()
+        if message.complete:  # also what is prepared has its outcome, if the message's time is over
+            items = []
         if items and not self._put(message, model, items) and not self._on_unknown(message, model.name):
             for item in items:
                 message.resolve(item.index, Outcome(error=UnknownModel(f"model {model.name!r} has been unloaded")))
@@ -153,25 +176,33 @@ class Preparer:
         return True
 
     def _prepare_items(self, message: Message, model: HostedModel, inputs: list[Any]) -> list[Item]:
-        risky = model.spec.kind in RISKY_KINDS
-        stage = threading.current_thread().name
-        items, marked = [], False
+        items: list[Item] = []
+        deadline = message.deadline
+        if deadline is not None:
+            self._timed[message] = deadline
         try:
-            for index, wire in enumerate(inputs):
-                if message.bulk and self._crew.overtake():
-                    marked = False  # this thread said something else in its place
-                if not marked:
-                    marked = True
-                    self._activities.begin("the preparation", model.name, [message], model.spec.hard_timeout_s)
-                    if risky:
-                        transport.suspect([message.delivery], stage)
-                if item := _prepare_item(message, model, index, wire):
-                    items.append(item)
+            with self._risks.stint("the preparation", model, message, risky=is_risky_to_prepare(model)) as stint:
+                for index, wire in enumerate(inputs):
+                    if message.bulk and self._crew.urgent:
+                        stint.pause()
+                        self._crew.overtake()
+                    stint.item()
+                    if deadline is not None and message.complete:
+                        break
+                    if item := _prepare_item(message, model, index, wire):
+                        items.append(item)
         finally:
-            self._activities.end()
-            if risky:
-                transport.suspect([], stage)
+            self._timed.pop(message, None)
         return items
+
+    def _peek(self, message: Message) -> None:
+        """Learn the time limit of a message that waits for a thread."""
+        with suppress(NogradError):  # the thread that reads it says what is wrong with it
+            args, kwargs, _ = self._decode(message)
+            call = _read_call(args, kwargs)
+            model = self._models.get(call.model)
+            if model is not None:
+                message.timeout_s = _timeout_s(model, call)
 
     def _read(self, message: Message) -> list[Any]:
         """Decode the body; fill in the message's model and parameters; its inputs.
@@ -192,8 +223,7 @@ class Preparer:
             raise UnknownModel(f"this worker has no model {call.model!r}; it serves {', '.join(sorted(self._models))}")
         message.params = {**message.model.spec.params, **(call.params or {})}
         message.many = call.many
-        given = [limit for limit in (message.model.spec.timeout_s, call.timeout_s) if limit is not None]
-        message.timeout_s = min(given, default=None)
+        message.timeout_s = _timeout_s(message.model, call)
         if message.deadline is not None and time.monotonic() >= message.deadline:
             raise DeadlinePassed("no prediction within the job's timeout_s")
         return call.input if call.many else [call.input]
@@ -234,6 +264,11 @@ class _Call(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if self.many and not isinstance(self.input, list):
             raise ValueError("with `many` the input is a list of inputs")
+
+
+def _timeout_s(model: HostedModel, call: _Call) -> float | None:
+    given = [limit for limit in (model.spec.timeout_s, call.timeout_s) if limit is not None]
+    return min(given, default=None)
 
 
 #: the arguments that have a place; the others have a name only

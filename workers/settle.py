@@ -5,11 +5,14 @@
     resolved ──► finish ──► plain success? ──► one script for all of them, then each one's callback   (fast path)
                                 └── no ──────► Celery's tracer, with the outcome already computed     (complete path)
 
+A model's own ``finish`` may be slow, hang or crash: it runs on threads of its own, and is accounted for (see `risk`).
+
 Laws:
 
 * Both ways leave the same state in the backend and the same events.
 * A message is settled once, by whoever claims it; an abandoned one is not settled here (Celery has answered it).
-* Late, like batches: a thread that is free takes all that is resolved by then.
+* Late, like batches: a thread that is free takes all that is resolved by then. What it has is stored after `STORE_S`
+  at most, however long it takes to finish the rest.
 """
 
 from __future__ import annotations
@@ -25,9 +28,9 @@ from celery.utils.saferepr import saferepr
 from nograd.tasks.predict import Outcome
 
 from .crew import Crew
+from .risk import Risks
 from .store import ResultStore
 from .trace import as_job_error, end_with_error, trace_outcome
-from .watchdog import Activities
 
 if TYPE_CHECKING:
     from .message import Message
@@ -39,6 +42,10 @@ logger = logging.getLogger(__name__)
 MOST_AT_ONCE = 256
 #: threads of the complete path, one message at a time; each waits for Redis most of its time
 TRACE_THREADS = 3
+#: threads for what models finish themselves, one message at a time
+FINISH_THREADS = 2
+#: seconds a result may wait for others to be stored with it
+STORE_S = 0.01
 
 
 @dataclass(slots=True)
@@ -55,36 +62,50 @@ class Settler:
     Args:
         store: the fast path's store.
         resultrepr_maxsize: characters of a result in its event.
-        activities: where a thread says what it does.
+        risks: where a thread says what it does.
     """
 
-    def __init__(self, store: ResultStore, resultrepr_maxsize: int, activities: Activities) -> None:
+    def __init__(self, store: ResultStore, resultrepr_maxsize: int, risks: Risks) -> None:
         #: name of this worker
         self.node = store.hostname
         self._store = store
-        self._activities = activities
+        self._risks = risks
         self._maxsize = resultrepr_maxsize
         self._crew: Crew[tuple[Message, Outcome | None]] = Crew("nograd-settle", 1, self._settle, MOST_AT_ONCE)
+        self._finishers: Crew[Message] = Crew("nograd-finish", FINISH_THREADS, self._finish)
         self._tracers: Crew[tuple[Message, Outcome]] = Crew("nograd-trace", TRACE_THREADS, self._trace)
         #: messages settled on each path, for ``inspect stats``
         self.counts = {"fast": 0, "complete": 0}
 
     def start(self) -> None:
         """Start the threads."""
-        self._crew.start()
-        self._tracers.start()
+        for crew in (self._finishers, self._crew, self._tracers):
+            crew.start()
 
     def submit(self, message: Message, outcome: Outcome | None = None) -> None:
         """End a message with ``outcome``, or with those of its items if None. Never blocks."""
-        self._crew.submit((message, outcome))
+        if outcome is None and message.model is not None and message.model.own_finish and not message.alone:
+            self._finishers.submit(message, bulk=message.bulk)
+        else:
+            self._crew.submit((message, outcome))
 
     def finish(self, timeout_s: float | None = None) -> bool:
         """Settle what was submitted; False if that took longer than ``timeout_s`` seconds."""
-        return self._crew.finish(timeout_s) and self._tracers.finish(timeout_s)
+        half = None if timeout_s is None else timeout_s / 2  # a model's code may hang: results do not wait for it
+        finished = self._finishers.finish(half)
+        return self._crew.finish(half) and self._tracers.finish(half) and finished
+
+    def _finish(self, taken: list[Message]) -> None:
+        for message in taken:
+            self._crew.submit((message, self._outcome(message)))
 
     def _settle(self, taken: list[tuple[Message, Outcome | None]]) -> None:
         fast: list[_Success] = []
+        began = time.monotonic()
         for message, given in taken:
+            if fast and time.monotonic() - began > STORE_S:
+                self._put(fast)
+                fast, began = [], time.monotonic()
             if not message.claim():
                 continue
             outcome = self._outcome(message) if given is None else given
@@ -146,12 +167,11 @@ class Settler:
             self.counts["complete"] += 1
 
     def _outcome(self, message: Message) -> Outcome:
-        if message.model is not None:
-            self._activities.begin("finish", message.model.name, [message], message.model.spec.hard_timeout_s)
+        model = message.model
+        assert model is not None  # or it would have no items
         try:
-            return message.outcome()
+            with self._risks.stint("finish", model, message, risky=model.own_finish) as stint:
+                return message.outcome(stint.item)
         except BaseException as err:
             logger.exception("the outcome of a message could not be put together; it fails")
             return Outcome(error=as_job_error(err))
-        finally:
-            self._activities.end()

@@ -2,8 +2,8 @@
 
 Laws:
 
-* A forward, a preparation or a ``finish`` that takes longer than its model's ``hard_timeout_s`` is called out, with
-  the stack of its thread. One that is slow, but within that, is left alone.
+* A forward, or the preparation or ``finish`` of one input, that takes longer than its model's ``hard_timeout_s`` is
+  called out, with the stack of its thread. One that is slow, but within that, is left alone.
 * Between two ticks `on_tick` runs, `TICK_S` apart at most while the interpreter runs at all.
 * Code that holds the GIL stops this thread as well. So it keeps pushing back a timer of the interpreter's own, in C,
   that prints every stack and ends the process (exit code 1) when nobody pushes it any more. It leaves one limit and
@@ -32,7 +32,7 @@ PUSH_S: Final = 5.0
 MARGIN_S: Final = 10.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Activity:
     """What a thread does that runs a model's code.
 
@@ -40,7 +40,7 @@ class Activity:
         what: "the forward", "the preparation", "finish": the subject of a sentence.
         model: whose code.
         jobs: over which it runs.
-        since: monotonic time at which it began.
+        since: monotonic time at which it began, or began with the next input.
         limit_s: seconds it may take.
         thread: the id of the thread.
     """
@@ -64,10 +64,11 @@ class Activities:
     def __init__(self) -> None:
         self._running: dict[int, Activity] = {}
 
-    def begin(self, what: str, model: str, jobs: Sequence[Any], limit_s: float) -> None:
+    def begin(self, what: str, model: str, jobs: Sequence[Any], limit_s: float) -> Activity:
         """The calling thread runs a model's code from now on."""
         thread = threading.get_ident()
-        self._running[thread] = Activity(what, model, jobs, time.monotonic(), limit_s, thread)
+        activity = self._running[thread] = Activity(what, model, jobs, time.monotonic(), limit_s, thread)
+        return activity
 
     def end(self) -> None:
         """The calling thread is done with it."""

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -91,6 +92,36 @@ class Killer:
             if value == "segfault":
                 ctypes.string_at(0)  # this very thread, at once; a signal would be taken by any
         return batch
+
+
+class Fragile:
+    """Does at each stage what its input says, ``"what in where"``; it waits for ``folder/open``."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def load(self, device):
+        pass
+
+    def prepare(self, value):
+        return self.act("prepare", value)
+
+    def forward(self, batch):
+        return [self.act("forward", value) for value in batch]
+
+    def finish(self, output):
+        return self.act("finish", output)
+
+    def act(self, where, value):
+        if f"crash in {where}" in str(value):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if f"wait in {where}" in str(value):
+            (self.folder / f"waits-{os.getpid()}").touch()
+            while not (self.folder / "open").exists():
+                time.sleep(0.01)
+        if f"slow in {where}" in str(value):
+            time.sleep(0.3)
+        return value
 
 
 class Gated:

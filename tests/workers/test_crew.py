@@ -63,3 +63,18 @@ def test_many_threads_do_each_item_once():
         thread.join()
     assert crew.finish(30)
     assert sorted(done) == sorted((k, n) for k in range(3) for n in range(2000))
+
+
+def test_what_waits_can_be_withdrawn_and_is_then_done_by_nobody():
+    done = []
+    crew = Crew("test", 1, done.extend)
+    for n in range(4):
+        crew.submit(n, bulk=n > 1)
+    assert crew.waiting() == [0, 1, 2, 3]
+    assert crew.withdraw(1)
+    assert crew.withdraw(2)
+    assert not crew.withdraw(1)
+    crew.start()
+    assert crew.finish(10)
+    assert done == [0, 3]
+    assert not crew.withdraw(3)

@@ -36,11 +36,13 @@ class HostedModel(ABC):
         version: fingerprint of what makes its predictions (`nograd.workers.models.version`); empty until it is loaded.
         parts: what that is the fingerprint of.
         revision: commit of a model from a hub, if `load` learned it.
+        own_finish: whether `finish` is code of the user's own, which may be slow, hang or crash.
     """
 
     version: str = ""
     parts: Mapping[str, str] = {}
     revision: str | None = None
+    own_finish: bool = False
 
     def __init__(self, name: str, spec: AnySpec, file: Path) -> None:
         self.name = name

@@ -54,6 +54,7 @@ class PythonModel(HostedModel):
         for name in ("load", "forward"):
             if name not in self._methods:
                 raise self.error("class", self.spec.class_, f"has no method {name}")
+        self.own_finish = "finish" in self._methods
         self._takes_params = frozenset(name for name, method in self._methods.items() if _takes_params(method))
         if self.spec.params and not self._takes_params:
             raise self.error("params", self.spec.params, f"no method of {self.spec.class_} has a parameter `params`")
