@@ -1,9 +1,10 @@
-"""One backfill, by its output folder: plan, start, follow, pause, resume, cancel, look, verify.
+"""One backfill, by its output folder: plan, start, follow, pause, resume, cancel, look, verify, retry what failed.
 
 Laws:
 
 * Storage is the truth: any number of processes may hold a `Backfill` of one folder, on any machine, and see the same.
 * Workers keep it going by themselves. Whoever follows it may go, and come back.
+* Failed rows can be run again, as often as it takes: what else is said and done here takes the retries into account.
 * Nothing goes on under other inputs, another model or other parameters: `PlanChanged` says what changed.
 """
 
@@ -21,30 +22,37 @@ import msgspec
 from nograd.tasks.backfill import commit, fingerprint, layout, state
 from nograd.tasks.backfill import plan as plans
 from nograd.tasks.backfill.budget import OVER_BUDGET, allowed_failures, parse_budget
-from nograd.tasks.backfill.plan import Job
-from nograd.tasks.backfill.progress import Observer, Progress
+from nograd.tasks.backfill.failures import Cluster, clusters
+from nograd.tasks.backfill.finalize import finalize
+from nograd.tasks.backfill.plan import Job, Plan
+from nograd.tasks.backfill.progress import Progress
 from nograd.tasks.backfill.pump import Pumped, pump
-from nograd.tasks.backfill.state import State
+from nograd.tasks.backfill.retry import draft_retry, remaining, rows_of
 from nograd.tasks.backfill.store import open_store
+from nograd.tasks.backfill.store_retry import RetryStore
 from nograd.tasks.backfill.task import hints_of, send_chunk
-from nograd.tasks.backfill.verify import Report, verify
-from nograd.tasks.backfill.window import Window, Wish
+from nograd.tasks.backfill.verify import Report, verify_all
+from nograd.tasks.backfill.window import Wish
 from nograd.tasks.errors import (
     BackfillCancelled,
     BackfillError,
     BrokerUnavailable,
     BudgetExceeded,
+    ConfigError,
     PlanChanged,
 )
 
-from . import failures, planning
+from . import planning
 from .planning import TIMEOUT_S, Estimate, Request
+from .stages import Stage, Stages
 from .status import StateName, Status
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
     from nograd.producer.client import Client
+    from nograd.tasks.backfill.store import Store
 
 #: seconds between two looks of whoever follows
 INTERVAL_S = 2.0
@@ -60,7 +68,7 @@ class Backfill:
         error_budget: see `nograd.tasks.backfill.budget`; None for that of the last start.
 
     Raises:
-        ConfigError: if the budget is none.
+        ConfigError: if the budget is none, or the folder is said to be a retry's.
         OutputError: if the URL's protocol is not known.
     """
 
@@ -77,6 +85,8 @@ class Backfill:
         self._budget_given = error_budget is not None
         self._budget = parse_budget(error_budget)
         self._store = open_store(out)
+        if isinstance(self._store, RetryStore):
+            raise ConfigError(f"{out} is a retry; name the output folder alone")
 
     @property
     def out(self) -> str:
@@ -144,25 +154,69 @@ class Backfill:
         self.resume(timeout_s)
 
     def resume(self, timeout_s: float = TIMEOUT_S) -> None:
-        """Go on with what is planned, whatever stopped it; returns at once.
+        """Go on with what is planned, or with the retry that is not finished, whatever stopped it; returns at once.
 
         Raises:
             PlanChanged: if inputs, model or parameters are not those of the plan; it lists what changed.
             BackfillError: if there is no plan, or no worker answers in time.
             BrokerUnavailable: if Redis does not answer.
         """
-        job = self.job
-        if self._store.size(layout.SUCCESS) is not None:
+        stage = self._stages.last()
+        job = stage.job
+        if stage.closed:
             if self._budget_given:
-                state.write(self._store, State(error_budget=self._budget))
+                self._set(error_budget=self._budget)
             return
         fingerprint.check(job)  # before anybody is waited for
-        if len(commit.committed_chunks(self._store)) < job.plan.chunks:
-            extents = job.extents(0)
-            sample = planning.identity_sample(job.plan, job.files(extents[0].file), extents)
-            fingerprint.check(job, model=planning.measure(self._client, sample, timeout_s).model)
-        commit.settle_all(self._store, job.plan)
+        if len(commit.committed_chunks(job.store)) < job.plan.chunks:
+            fingerprint.check(job, model=self._model_now(timeout_s))
+        commit.settle_all(job.store, job.plan)
         self._go()
+
+    def retry(self, only: Collection[str] = (), *, timeout_s: float = TIMEOUT_S) -> Plan | None:
+        """Run failed rows again; returns at once, as `resume`. A retry that is not finished is gone on with.
+
+        The model may be another than before, if that is the cure: the retry's plan and the metadata of its parts say
+        which it was. The error budget is not looked at before the end.
+
+        Args:
+            only: types of errors; all if empty.
+            timeout_s: to wait for a worker's answer.
+
+        Returns:
+            What is run; None if no row is left that failed.
+
+        Raises:
+            NotFinished: if the backfill is not finished.
+            PlanChanged: if inputs have changed, or a retry of other rows is not finished.
+            BackfillError: if no row that failed has such an error, naming those there are; or no worker answers.
+            BrokerUnavailable: if Redis does not answer.
+        """
+        *before, last = self._stages.look()
+        if before and not last.closed:
+            self._check_retry(last.job, only, len(before) - 1)
+            self.resume(timeout_s)
+            return last.job.plan
+        if not last.closed:
+            finalize(self.job)
+        left = remaining(self.job)
+        if not left:
+            return None
+        kinds = {why.type for why in left.values()}
+        if only and not kinds & set(only):
+            raise BackfillError(
+                f"{self.out}: no row failed with {' or '.join(only)}; there are {', '.join(sorted(kinds))}"
+            )
+        fingerprint.check(self.job)  # before anybody is waited for
+        store, draft = draft_retry(
+            self.job,
+            rows_per_chunk=self.job.plan.rows_per_chunk,
+            model=self._model_now(timeout_s),
+            which=lambda why: not only or why.type in only,
+        )
+        plan = plans.save(store, draft).plan
+        self._go()
+        return plan
 
     def run(
         self,
@@ -237,27 +291,29 @@ class Backfill:
                 return
             time.sleep(interval_s)
 
-    def errors(self) -> list[failures.Cluster]:
-        """The failed rows so far, by what went wrong, the most frequent first."""
-        return failures.clusters(self.job)
+    def errors(self) -> list[Cluster]:
+        """The rows that have failed and that no retry has mended, by what went wrong, the most frequent first."""
+        return clusters(remaining(self.job).values())
 
     def parts(self) -> list[str]:
         """The folders that hold predictions, each readable as one dataset, also while it runs."""
         return [f"{self.out}/{layout.PARTS}"]
 
     def verify(self, *, ids: bool = True, each: Callable[[int], None] | None = None) -> Report:
-        """Check the committed output against plan, records and inputs; see `nograd.tasks.backfill.verify`."""
-        return verify(self.job, ids=ids, each=each)
+        """Check the committed output, retries included; see `nograd.tasks.backfill.verify`."""
+        return verify_all(self.job, ids=ids, each=each)
 
     # -- how ---------------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _window(self) -> Window:
-        return Window(self._client.app.backend.client, self.id)
+    def _stages(self) -> Stages:
+        return Stages(self.job, self._client.app.backend.client)
 
-    @cached_property
-    def _observer(self) -> Observer:
-        return Observer(self.job)
+    def _model_now(self, timeout_s: float) -> plans.ModelIdentity:
+        """The model as a worker has it now."""
+        extents = self.job.extents(0)
+        sample = planning.identity_sample(self.job.plan, self.job.files(extents[0].file), extents)
+        return planning.measure(self._client, sample, timeout_s).model
 
     def _asked(self) -> Request:
         if self._request is None:
@@ -281,74 +337,92 @@ class Backfill:
         if differences:
             raise PlanChanged(f"{self.out} holds another backfill: {'; '.join(differences)}")
 
+    def _check_retry(self, under_way: Job, only: Collection[str], retries_before: int) -> None:
+        """Refuse to go on with a retry when another one is asked for."""
+        if not only:
+            return
+        planned = rows_of(under_way, range(under_way.plan.chunks))
+        failed = remaining(self.job, retries_before)
+        if planned != {row for row, why in failed.items() if why.type in only}:
+            raise PlanChanged(f"{under_way.store.url} is not finished, and is of other rows: retry without types first")
+
+    def _set(self, store: Store | None = None, **changes: Any) -> None:
+        """Change what is wanted, of the backfill itself or of a retry."""
+        store = store or self._store
+        state.write(store, msgspec.structs.replace(state.read(store), **changes))
+
     def _go(self) -> None:
-        budget = self._budget if self._budget_given else state.read(self._store).error_budget
-        state.write(self._store, State(error_budget=budget))
+        stage = self._stages.last()
+        if self._budget_given:
+            self._set(error_budget=self._budget)
+        self._set(stage.job.store, wish="run", why=None)
         with self._client.broker.errors():
-            self._window.wish = "run"
-            self._window.forget_queued()
-        self._pump()
+            stage.window.wish = "run"
+            stage.window.forget_queued()
+        self._pump(stage)
 
     def _want(self, wish: Wish) -> None:
-        job = self.job
-        state.write(job.store, msgspec.structs.replace(state.read(job.store), wish=wish, why=None))
+        stage = self._stages.last()
+        self._set(stage.job.store, wish=wish, why=None)
         with self._client.broker.errors():
-            self._window.wish = wish
+            stage.window.wish = wish
 
-    def _pump(self) -> Pumped:
-        job, budget = self.job, state.read(self._store).error_budget
+    def _pump(self, stage: Stage) -> Pumped:
+        job, budget = stage.job, state.read(stage.job.store).error_budget  # a retry has none
         with self._client.broker.errors():
-            self._window.out = self.out
-            return pump(job, self._window, lambda chunk: send_chunk(self._client.app, job, chunk, budget))
+            stage.window.out = self.out
+            return pump(job, stage.window, lambda chunk: send_chunk(self._client.app, job, chunk, budget))
 
     def _turn(self) -> Status:
         """Keep it going, and look."""
-        trouble = None
+        trouble, stage = None, self._stages.last()
         try:
-            self._pump()
+            self._pump(stage)
         except BrokerUnavailable as err:
             trouble = err.message
         now = self._status(trouble)
-        if now.over_budget and not now.ended:
+        if now.over_budget and not now.ended and not now.retries:
             # A worker counts with what Redis remembers; the records remember all.
             rows = now.progress
-            now = self._stopped(now, f"{OVER_BUDGET}: {rows.rows_err} failed rows of {rows.rows} planned ones")
-        elif now.state == "stopped" and state.read(self._store).wish == "run":
-            now = self._stopped(now, now.why or "")
+            now = self._stopped(stage, now, f"{OVER_BUDGET}: {rows.rows_err} failed rows of {rows.rows} planned ones")
+        elif now.state == "stopped" and state.read(stage.job.store).wish == "run":
+            now = self._stopped(stage, now, now.why or "")
         return now
 
-    def _stopped(self, now: Status, why: str) -> Status:
+    def _stopped(self, stage: Stage, now: Status, why: str) -> Status:
         """Make a stop last."""
-        state.write(self._store, msgspec.structs.replace(state.read(self._store), wish="pause", why=why))
+        self._set(stage.job.store, wish="pause", why=why)
         with contextlib.suppress(BrokerUnavailable), self._client.broker.errors():
-            self._window.stop(why)
+            stage.window.stop(why)
         return msgspec.structs.replace(now, state="stopped", why=why)
 
     def _status(self, trouble: str | None) -> Status:
-        job, wanted = self.job, state.read(self._store)
+        *before, stage = self._stages.look()
+        wanted = state.read(stage.job.store)
         hints: dict[str, Any] = {"queued": None, "running": None}
         wish, why = wanted.wish, wanted.why
         try:
             with self._client.broker.errors():
-                traffic = self._window.traffic()
+                traffic = stage.window.traffic()
                 hints = {"queued": traffic.queued, "running": traffic.running}
                 if wish == "run":
-                    wish, why = self._window.wish or wish, self._window.why
+                    wish, why = stage.window.wish or wish, stage.window.why
         except BrokerUnavailable as err:
             trouble = trouble or err.message
-        closed = self._store.size(layout.SUCCESS) is not None
-        progress = self._observer.look()
-        budget = wanted.error_budget
+        closed = stage.closed
+        progress = self._stages.progress()
+        budget = state.read(self._store).error_budget
         name = "done" if closed else _name(wish, why, progress, hints["running"])
         return Status(
             id=self.id,
             out=self.out,
-            model=job.plan.model.name,
+            model=self.job.plan.model.name,
             state=name,
             why=why if name == "stopped" else None,
             error_budget=budget,
-            may_fail=None if budget is None else allowed_failures(budget, job.plan.rows),
+            may_fail=None if budget is None else allowed_failures(budget, self.job.plan.rows),
             trouble=trouble,
+            retries=len(before),
             progress=progress,
             **hints,
         )

@@ -30,7 +30,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         queued: chunks that wait for a worker; None if Redis does not answer.
         running: chunks that run now.
         trouble: what keeps this observer from seeing or doing more.
-        progress: what is committed.
+        retries: how many times failed rows were run again; the last one may be under way.
+        progress: what is committed, by the backfill and its retries.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     queued: int | None = None
     running: int | None = None
     trouble: str | None = None
+    retries: int = 0
     progress: Progress
 
     @property

@@ -1,4 +1,4 @@
-"""``nograd backfill plan | run | resume | status | watch | pause | cancel | errors | verify``."""
+"""``nograd backfill plan | run | resume | status | watch | pause | cancel | errors | retry | verify``."""
 
 from __future__ import annotations
 
@@ -127,13 +127,39 @@ def run_(
 @_TIMEOUT
 @_DETACH
 def resume(run: Run, *, out: str, error_budget: str | None, timeout: float, detach: bool) -> int:
-    """Go on with a backfill that was paused, stopped, cancelled or forgotten by Redis, and stay to the end.
+    """Go on with a backfill, or its retry, that was paused, stopped, cancelled or forgotten; stay to the end.
 
     Refused if the inputs, the model, its weights or the parameters have changed; it says which.
     """
     with run.client() as client:
         job = client.backfill_at(out, error_budget=error_budget)
         job.resume(timeout)
+        return _stay(run, job, detach=detach)
+
+
+@command
+@click.argument("out")
+@click.option("--only", metavar="TYPE[,TYPE]", help="Types of errors, as `errors` shows them; default: all.")
+@_TIMEOUT
+@_DETACH
+def retry(run: Run, *, out: str, only: str | None, timeout: float, detach: bool) -> int:
+    """Run the failed rows of a finished backfill again, and stay to the end.
+
+    Rows that succeed now join OUT/parts; nothing else changes. The model may be a mended one, the inputs are the same.
+    A retry that was interrupted is gone on with. Exit code 0 if every row has a prediction in the end.
+    """
+    from nograd.tasks.backfill.fingerprint import model_changes
+
+    with run.client() as client:
+        job = client.backfill_at(out)
+        plan = job.retry(_names(only or ""), timeout_s=timeout)
+        if plan is None:
+            now = job.status()
+            run.emit(now.as_json(), f"nothing to retry: all {now.progress.rows:,} rows have predictions")
+            return OK
+        run.complain(f"{plan.rows:,} failed rows are run again")
+        for change in model_changes(job.job.plan.model, plan.model):
+            run.complain(f"not as in the backfill: {change}")
         return _stay(run, job, detach=detach)
 
 
@@ -180,7 +206,7 @@ def cancel(run: Run, *, out: str) -> int:
 @command
 @click.argument("out")
 def errors(run: Run, *, out: str) -> int:
-    """Show the failed rows so far, by what went wrong."""
+    """Show the rows that have failed and no retry has mended, by what went wrong."""
     with run.client() as client:
         clusters = client.backfill_at(out).errors()
     table = Table("rows", "stage", "type", "message", "for example")
@@ -201,12 +227,12 @@ def verify(run: Run, *, out: str, ids: bool) -> int:
     Exit code 1 if all is right so far, but chunks are missing.
     """
     with run.client() as client:
-        job = client.backfill_at(out)
-        report = job.verify(ids=ids)
-        chunks = job.job.plan.chunks
-    whole = report.chunks == chunks
-    document = {**msgspec.to_builtins(report), "planned": chunks, "ok": whole and not report.problems}
-    counted = f"{report.chunks} of {chunks} chunks, {report.rows_ok:,} predictions, {report.rows_err:,} failed rows"
+        report = client.backfill_at(out).verify(ids=ids)
+    whole = report.chunks == report.planned
+    document = {**msgspec.to_builtins(report), "ok": whole and not report.problems}
+    counted = (
+        f"{report.chunks} of {report.planned} chunks, {report.rows_ok:,} predictions, {report.rows_err:,} failed rows"
+    )
     run.emit(document, "\n".join([counted, *report.problems]))
     if report.problems:
         run.complain(f"{len(report.problems) + report.unnamed} problems")
@@ -272,7 +298,10 @@ def _stay(run: Run, job: Backfill, *, detach: bool) -> int:
     failed = now.progress.rows_err
     text = f"{now.progress.rows_ok:,} predictions in {now.out}/parts, {failed:,} failed rows; "
     text += f"watched for {duration(time.monotonic() - began)}"
-    run.emit(now.as_json(), text + (f"\n`nograd backfill errors {now.out}` shows why" if failed else ""))
+    run.emit(
+        now.as_json(),
+        text + (f"\n`nograd backfill errors {now.out}` shows why, `retry` runs them again" if failed else ""),
+    )
     return FAILED if failed else OK
 
 
@@ -296,5 +325,5 @@ def _status(now: Status) -> str:
 
 
 run_.name = "run"
-for each in (plan, run_, resume, status, watch, pause, cancel, errors, verify):
+for each in (plan, run_, resume, status, watch, pause, cancel, errors, retry, verify):
     backfill.add_command(each)

@@ -57,7 +57,9 @@ def finalize(job: Job) -> Manifest:
     commit.settle_all(store, plan)
     records = list(commit.records(store, plan))
     if len(records) < plan.chunks:
-        raise NotFinished(f"{plan.job}: {plan.chunks - len(records)} of {plan.chunks} chunks are not committed yet")
+        raise NotFinished(
+            f"{plan.job}: {plan.chunks - len(records)} of {plan.chunks} chunks are not committed yet; resume it"
+        )
     for record in records:
         commit.settle(store, record)
     manifest = manifest_of(job, records)

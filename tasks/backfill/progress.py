@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -33,7 +33,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
         job: its plan.
         rows: selected.
         rows_ok: with a committed prediction.
-        rows_err: with a committed error.
+        rows_err: with a committed error, and not planned to be run again.
         chunks: planned.
         chunks_done: committed.
         bytes: of the parts and errors files.
@@ -148,6 +148,35 @@ def _rate(recent: list[tuple[float, float, int]]) -> float | None:
 def progress(job: Job, clock: Callable[[], float] = time.time) -> Progress:
     """How far a backfill is."""
     return Observer(job, clock).look()
+
+
+def together(whole: Progress, again: Sequence[Progress]) -> Progress:
+    """A backfill and its retries as one: a failed row counts as failed until it is to be run again.
+
+    Args:
+        whole: the backfill itself.
+        again: its retries, in order; only the last may be under way, and says how fast it goes on.
+    """
+    if not again:
+        return whole
+    every, last = [whole, *again], again[-1]
+    workers: dict[str, int] = {}
+    for each in every:
+        for name, chunks in each.workers.items():
+            workers[name] = workers.get(name, 0) + chunks
+    return msgspec.structs.replace(
+        last,
+        job=whole.job,
+        rows=whole.rows,
+        rows_ok=sum(each.rows_ok for each in every),
+        rows_err=whole.rows_err + sum(each.rows_err - each.rows for each in again),
+        chunks=sum(each.chunks for each in every),
+        chunks_done=sum(each.chunks_done for each in every),
+        bytes=sum(each.bytes for each in every),
+        last_commit_at=max((each.last_commit_at for each in every if each.last_commit_at), default=None),
+        workers=dict(sorted(workers.items())),
+        deviations=sum(each.deviations for each in every),
+    )
 
 
 def as_json(now: Progress) -> dict[str, Any]:

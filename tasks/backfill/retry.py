@@ -9,22 +9,20 @@ Whatever works on a backfill works on a retry: it is a `plan.Job` on a `RetrySto
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, BinaryIO
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
-import msgspec
+from nograd.tasks.errors import BackfillError, NotFinished, PlanChanged
 
-from nograd.tasks.errors import BackfillError, PlanChanged
-
-from . import commit, layout
+from . import commit
 from .draft import draft
+from .failures import failures
 from .plan import Draft, Job, ModelIdentity, find
 from .rows import RowFailure
 from .sources import survey
 from .sources.base import ROW
 from .store import Store
+from .store_retry import RetryStore
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,146 +30,40 @@ if TYPE_CHECKING:
 else:
     from .extra import np
 
-_NUMBERS = re.compile(r"\d+(\.\d+)?")
-_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 
-
-class RetryStore:
-    """The n-th retry in an output folder, seen as an output folder of its own.
-
-    Attributes:
-        url: of the folder, with the retry's number.
-    """
-
-    def __init__(self, store: Store, number: int) -> None:
-        self._store = store
-        self._prefix = f"{layout.RETRY}-{number}-"
-        self._folder = f"_{layout.RETRY}/{number}"
-        self.url = f"{store.url}#{layout.RETRY}-{number}"
-
-    def probe(self) -> str:
-        """Of the folder."""
-        return self._store.probe()
-
-    def stage(self, data: bytes, folder: str = layout.STAGING) -> str:
-        """Apart from what the backfill itself has staged: closing that one sweeps its own."""
-        return self._store.stage(data, self._name(folder)).removeprefix(f"{self._folder}/")
-
-    def create(self, name: str, data: bytes) -> bool:
-        """Of the retry."""
-        return self._store.create(self._name(name), data)
-
-    def settle(self, staged: str, name: str, size: int) -> None:
-        """Of the retry."""
-        self._store.settle(self._name(staged), self._name(name), size)
-
-    def replace(self, name: str, data: bytes) -> None:
-        """Of the retry."""
-        self._store.replace(self._name(name), data)
-
-    def read(self, name: str) -> bytes:
-        """Of the retry."""
-        return self._store.read(self._name(name))
-
-    def open(self, name: str) -> BinaryIO:
-        """Of the retry."""
-        return self._store.open(self._name(name))
-
-    def size(self, name: str) -> int | None:
-        """Of the retry."""
-        return self._store.size(self._name(name))
-
-    def names(self, folder: str) -> list[str]:
-        """Of the retry."""
-        if folder not in {layout.PARTS, layout.ERRORS}:
-            return self._store.names(self._name(folder))
-        return [name.removeprefix(self._prefix) for name in self._store.names(folder) if name.startswith(self._prefix)]
-
-    def remove(self, name: str) -> None:
-        """Of the retry."""
-        self._store.remove(self._name(name))
-
-    def _name(self, name: str) -> str:
-        folder, _, rest = name.partition("/")
-        if folder in {layout.PARTS, layout.ERRORS}:
-            return f"{folder}/{self._prefix}{rest}"
-        return f"{self._folder}/{name}"
-
-
-def retries(store: Store) -> list[Job]:
-    """The retries of a backfill, in order."""
+def retries(store: Store, known: int = 0) -> list[Job]:
+    """The retries of a backfill, in order, without the first ones that are known."""
     found: list[Job] = []
-    while (job := find(RetryStore(store, len(found) + 1))) is not None:
+    while (job := find(RetryStore(store, known + len(found) + 1))) is not None:
         found.append(job)
     return found
 
 
-def failures(job: Job) -> Iterator[RowFailure]:
-    """The committed failures of a backfill, or of one retry of it, in input order."""
-    for record in commit.records(job.store, job.plan):
-        if record.errors is not None:
-            for line in job.store.read(record.errors.name).splitlines():
-                yield _failure(msgspec.json.decode(line))
-
-
-def _failure(line: Mapping[str, Any]) -> RowFailure:
-    if "custom_id" in line:  # in the shape of OpenAI's batch output
-        error = line["error"]
-        line = {**line, "id": line["custom_id"], "type": error["code"], "message": error["message"]}
-    return RowFailure(**{name: line[name] for name in RowFailure.__struct_fields__})
-
-
-def remaining(job: Job) -> dict[int, RowFailure]:
+def remaining(job: Job, retry: int | None = None) -> dict[int, RowFailure]:
     """Row → why it failed, for the rows that no retry has mended yet.
 
     Args:
         job: the backfill itself.
+        retry: look at so many retries only, the first ones.
     """
     open_ones = {failure.row: failure for failure in failures(job)}
-    for again in retries(job.store):
-        for chunk in commit.committed_chunks(again.store):
-            for extent in again.extents(chunk):
-                for row in range(extent.row, extent.row + extent.count):
-                    open_ones.pop(row, None)
+    for again in retries(job.store)[:retry]:
+        for row in mended(again):
+            open_ones.pop(row, None)
         open_ones.update({failure.row: failure for failure in failures(again)})
     return dict(sorted(open_ones.items()))
 
 
-class Cluster(msgspec.Struct, frozen=True):
-    """Failures that look alike.
-
-    Attributes:
-        stage: where.
-        type: of the error.
-        message: of the first; numbers and quoted words differ in the others.
-        count: how many.
-        examples: rows, three at most.
-    """
-
-    stage: str
-    type: str
-    message: str
-    count: int
-    examples: list[int]
+def mended(again: Job) -> set[int]:
+    """The rows that have a committed prediction of a retry."""
+    done = commit.committed_chunks(again.store)
+    return rows_of(again, done) - {failure.row for failure in failures(again)}
 
 
-def clusters(found: Iterable[RowFailure]) -> list[Cluster]:
-    """Group failures by stage, type and the words of their message, the largest group first."""
-    counts: Counter[tuple[str, str, str]] = Counter()
-    firsts: dict[tuple[str, str, str], tuple[str, list[int]]] = {}
-    for failure in found:
-        words = _NUMBERS.sub("#", _QUOTED.sub("'…'", failure.message))
-        key = (failure.stage, failure.type, words)
-        counts[key] += 1
-        _, rows = firsts.setdefault(key, (failure.message, []))
-        if len(rows) < 3:
-            rows.append(failure.row)
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    found_ones = []
-    for alike, count in ordered:
-        message, rows = firsts[alike]
-        found_ones.append(Cluster(alike[0], alike[1], message, count, rows))
-    return found_ones
+def rows_of(job: Job, chunks: Iterable[int]) -> set[int]:
+    """The rows of some chunks."""
+    extents = (extent for chunk in chunks for extent in job.extents(chunk))
+    return {row for extent in extents for row in range(extent.row, extent.row + extent.count)}
 
 
 def draft_retry(
@@ -194,12 +86,14 @@ def draft_retry(
         which: of the rows that still fail.
 
     Raises:
-        BackfillError: if there is nothing to run again, or the last retry is not finished.
+        NotFinished: if the backfill, or the last retry of it, is not finished.
+        BackfillError: if there is nothing to run again.
         PlanChanged: if the inputs are not those of the backfill.
     """
     before = retries(job.store)
-    if before and len(commit.committed_chunks(before[-1].store)) < before[-1].plan.chunks:
-        raise BackfillError(f"{before[-1].store.url} is not finished: resume it first")
+    last = [job, *before][-1]
+    if len(commit.committed_chunks(last.store)) < last.plan.chunks:
+        raise NotFinished(f"{last.store.url} is not finished: resume it first")
     rows: npt.NDArray[np.int64] = np.array([row for row, why in remaining(job).items() if which(why)], np.int64)
     if not len(rows):
         raise BackfillError(f"{job.store.url}: no failed row to run again")

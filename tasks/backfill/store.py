@@ -101,13 +101,19 @@ def refusals(place: str, doing: str) -> Iterator[None]:
 def open_store(url: str | Path) -> Store:
     """The store of a local path, a ``file://`` URL or any other fsspec URL. Nothing is written.
 
+    ``…#retry-1`` is the first retry in such a folder.
+
     Raises:
         OutputError: if the URL's protocol is not known, or its library is not installed.
     """
     from .store_local import LocalStore
     from .store_remote import RemoteStore
+    from .store_retry import RetryStore, folder_and_number
 
     text = str(url)
+    if (retry := folder_and_number(text)) is not None:
+        folder, number = retry
+        return RetryStore(open_store(folder), number)
     if text.startswith("file://"):
         text = text.removeprefix("file://")
     if "://" not in text and "::" not in text:

@@ -16,7 +16,9 @@ import msgspec
 from nograd.tasks.errors import VerificationFailed
 
 from . import commit, finalize, layout
+from .failures import failures
 from .plan import Job, encode
+from .retry import mended, retries, rows_of
 from .sources import reader_of
 from .sources.base import only_id
 
@@ -35,6 +37,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         chunks: looked at.
+        planned: chunks there must be in the end.
         rows_ok: predictions counted in the parts.
         rows_err: lines counted in the errors files.
         problems: one sentence each; empty if all is as it should be.
@@ -42,6 +45,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     chunks: int
+    planned: int
     rows_ok: int
     rows_err: int
     problems: list[str]
@@ -79,10 +83,37 @@ def verify(job: Job, *, ids: bool = True, each: Callable[[int], None] | None = N
     problems = checker.problems
     return Report(
         chunks=len(checker.records),
+        planned=job.plan.chunks,
         rows_ok=checker.rows_ok,
         rows_err=checker.rows_err,
         problems=problems[:_NAMED],
         unnamed=max(0, len(problems) - _NAMED),
+    )
+
+
+def verify_all(job: Job, *, ids: bool = True, each: Callable[[int], None] | None = None) -> Report:
+    """`verify` a backfill and all retries of it; and that a retry has run nothing but rows that had failed.
+
+    Returns:
+        Of all together; ``rows_err`` are the rows that still have no prediction.
+    """
+    reports, problems = [verify(job, ids=ids, each=each)], []
+    failed = {failure.row for failure in failures(job)}
+    for number, again in enumerate(retries(job.store), 1):
+        report = verify(again, ids=ids, each=each)
+        problems += [f"{layout.RETRY} {number}: {problem}" for problem in report.problems]
+        reports.append(report)
+        planned = rows_of(again, range(again.plan.chunks))
+        if not planned <= failed:
+            problems.append(f"{layout.RETRY} {number}: row {min(planned - failed)} had not failed before")
+        failed -= mended(again)
+    return Report(
+        chunks=sum(report.chunks for report in reports),
+        planned=sum(report.planned for report in reports),
+        rows_ok=sum(report.rows_ok for report in reports),
+        rows_err=reports[0].rows_err - sum(report.rows_ok for report in reports[1:]),
+        problems=[*reports[0].problems, *problems],
+        unnamed=sum(report.unnamed for report in reports),
     )
 
 

@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from nograd.producer.backfill import planning
-from nograd.producer.backfill.failures import normalised
 from nograd.tasks.backfill.budget import parse_budget
 from nograd.tasks.backfill.plan import ModelIdentity, load
 from nograd.tasks.backfill.store import open_store
@@ -318,9 +317,3 @@ def test_a_limit_and_a_sample_choose_rows(backfills, csv, tmp_path):
     assert end.progress.rows == 30
     ids = pq.read_table(tmp_path / "out" / "parts")["k"].to_pylist()
     assert all(int(name[2:]) < 100 for name in ids)
-
-
-def test_messages_are_alike_but_for_numbers_words_and_paths():
-    assert normalised("row 12: 'a b' is no int64") == normalised("row 3: 'c' is no int64") == "row …: … is no int…"
-    assert normalised("/a/b.png: cannot identify") == normalised("/c/d/e.png: cannot identify")
-    assert normalised("too short") != normalised("too long")

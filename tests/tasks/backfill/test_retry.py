@@ -8,11 +8,13 @@ import pytest
 
 from nograd.tasks.backfill import plan as plans
 from nograd.tasks.backfill.commit import committed_chunks, records
+from nograd.tasks.backfill.failures import clusters, failures
 from nograd.tasks.backfill.finalize import finalize
 from nograd.tasks.backfill.plan import ModelIdentity
-from nograd.tasks.backfill.retry import clusters, draft_retry, failures, remaining, retries
-from nograd.tasks.backfill.verify import verify
-from nograd.tasks.errors import BackfillError, OutputFull, PlanChanged
+from nograd.tasks.backfill.retry import draft_retry, remaining, retries
+from nograd.tasks.backfill.store import open_store
+from nograd.tasks.backfill.verify import verify, verify_all
+from nograd.tasks.errors import BackfillError, NotFinished, OutputFull, PlanChanged
 from scoring import planned, run
 
 
@@ -42,8 +44,8 @@ def ids(job):
 def test_failures_come_in_input_order_and_group_by_what_they_say(job):
     assert [failure.row for failure in failures(job)] == [3, 4, 5, 500, 777]
     first, second = clusters(failures(job))
-    assert (first.count, first.stage, first.examples) == (4, "output", [3, 4, 5])
-    assert (second.count, second.stage, second.message) == (1, "read", "column 'x': 'text' is no int64")
+    assert (first.rows, first.stage, [each.row for each in first.samples]) == (4, "output", [3, 4, 5])
+    assert (second.rows, second.stage, second.message) == (1, "read", "column …: … is no int…")
 
 
 def test_a_retry_adds_the_rows_that_succeed_now_and_touches_no_other(job):
@@ -112,3 +114,41 @@ def test_closing_the_backfill_again_harms_no_retry_that_was_cut_off_behind_its_d
     finalize(run(again, worker="late"))
     assert verify(again).problems == []
     assert [record.worker for record in records(again.store, again.plan)] == ["cut off"]
+
+
+def test_the_url_of_a_retry_opens_it(job):
+    again = plans.save(*draft_retry(job, rows_per_chunk=2))
+    assert again.store.url == f"{job.store.url}#retry-1"
+    opened = plans.load(open_store(again.store.url))
+    assert (opened.store.url, opened.plan) == (again.store.url, again.plan)
+    assert plans.load(open_store(f"file://{job.store.url}#retry-1")).plan == again.plan
+    assert plans.find(open_store(f"{job.store.url}#retry-2")) is None
+
+
+def test_verifying_all_counts_each_row_once_and_finds_what_is_wrong_with_a_retry(job):
+    report = verify_all(job)
+    assert (report.problems, report.rows_ok, report.rows_err) == ([], 995, 5)
+    again = plans.save(*draft_retry(job, rows_per_chunk=2))
+    run(again, failing(4), chunks=[0])
+    report = verify_all(job)
+    assert (report.problems, report.chunks < report.planned, report.rows_ok, report.rows_err) == ([], True, 996, 4)
+    finalize(run(again, failing(4)))
+    report = verify_all(job)
+    assert (report.problems, report.chunks, report.rows_ok, report.rows_err) == ([], report.planned, 998, 2)
+    name = f"parts/retry-1-{again.store.names('parts')[0]}"
+    job.store.replace(name, job.store.read(name)[:-1] + b"x")
+    assert [problem.split(":")[0] for problem in verify_all(job).problems] == ["retry 1"]
+
+
+def test_a_retry_of_rows_that_had_not_failed_does_not_pass(job):
+    store, made = draft_retry(job, rows_per_chunk=10)
+    finalize(run(plans.save(store, made)))
+    finalize(run(plans.save(open_store(f"{job.store.url}#retry-2"), made)))
+    assert verify_all(job).problems == ["retry 2: row 3 had not failed before"]
+
+
+def test_nothing_is_retried_before_the_backfill_is_finished(tmp_path):
+    (tmp_path / "in.csv").write_text("k,x\n" + "".join(f"id{i},{i}\n" for i in range(100)))
+    made = run(planned(tmp_path / "in.csv", tmp_path / "out", rows_per_chunk=50), failing(4), chunks=[0])
+    with pytest.raises(NotFinished, match="is not finished: resume it first"):
+        draft_retry(made, rows_per_chunk=2)

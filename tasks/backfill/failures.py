@@ -7,14 +7,14 @@ for numbers, quoted words and paths: a thousand corrupt images are one line, not
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
 
-from nograd.tasks.backfill import commit
-from nograd.tasks.backfill.plan import Job
-from nograd.tasks.backfill.rows import RowFailure
+from . import commit
+from .plan import Job
+from .rows import RowFailure
 
 #: failed rows kept of each cluster, as examples
 SAMPLES = 3
@@ -51,7 +51,7 @@ class Cluster(msgspec.Struct, kw_only=True):
 
 
 def failures(job: Job) -> Iterator[RowFailure]:
-    """The failed rows that are committed, in input order of the chunks; one errors file is in memory at a time.
+    """The committed failures of a backfill, or of one retry of it, in input order; one errors file is in memory.
 
     Raises:
         BackfillError: if a record cannot be read.
@@ -67,18 +67,18 @@ def failures(job: Job) -> Iterator[RowFailure]:
             yield _failure(msgspec.json.decode(line))
 
 
-def clusters(job: Job) -> list[Cluster]:
-    """The failed rows by what went wrong, the most frequent first."""
-    found: dict[tuple[str, str, str], Cluster] = {}
-    for failure in failures(job):
+def clusters(found: Iterable[RowFailure]) -> list[Cluster]:
+    """Failed rows by what went wrong, the most frequent first."""
+    sorts: dict[tuple[str, str, str], Cluster] = {}
+    for failure in found:
         key = (failure.stage, failure.type, normalised(failure.message))
-        if key not in found and len(found) >= MOST:
+        if key not in sorts and len(sorts) >= MOST:
             key = (failure.stage, failure.type, "…")
-        cluster = found.setdefault(key, Cluster(stage=key[0], type=key[1], message=key[2]))
+        cluster = sorts.setdefault(key, Cluster(stage=key[0], type=key[1], message=key[2]))
         cluster.rows += 1
         if len(cluster.samples) < SAMPLES:
             cluster.samples.append(failure)
-    return sorted(found.values(), key=lambda cluster: -cluster.rows)
+    return sorted(sorts.values(), key=lambda cluster: -cluster.rows)
 
 
 def normalised(message: str) -> str:
