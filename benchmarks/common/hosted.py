@@ -102,7 +102,7 @@ class AsTheyCome:
     def load(self, device: torch.device) -> None:
         torch.manual_seed(0)
         layer = torch.nn.TransformerEncoderLayer(128, 4, 512, batch_first=True)
-        self.embed = torch.nn.Embedding(1024, 128, padding_idx=0)
+        self.embed = torch.nn.Embedding(1024, 128, padding_idx=0).eval()
         self.encoder = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
         self.device = device
 
