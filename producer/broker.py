@@ -178,9 +178,10 @@ class Broker:
         if job_ids:
             self._ping()
             with self.errors():
-                self.app.control.revoke(list(job_ids))
-                with contextlib.suppress(redis.ResponseError):  # a Redis that is full; those that are up have heard
+                # Written down first: a worker that is just connecting reads it, or listens already.
+                with contextlib.suppress(redis.ResponseError):  # a Redis that is full; those that are up hear it
                     cancelled.remember(self.app.backend.client, job_ids)
+                self.app.control.revoke(list(job_ids))
 
     def cards(self) -> dict[str, registry.ModelCard]:
         """The models workers have registered.

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import math
 import threading
 import time
@@ -41,6 +42,8 @@ from typing import Any, Final, TypeAlias
 
 from nograd.tasks.errors import UnknownModel
 from nograd.tasks.keys import BULK_FROM
+
+logger = logging.getLogger(__name__)
 
 #: seconds within which an item without a deadline counts as wanted
 PATIENCE_S: Final = 10.0
@@ -328,9 +331,8 @@ class Backlog:
             self._relimit(key)
 
     def remove_model(self, name: str) -> list[Item]:
-        """Take no more items of a model; what waits of it, oldest first."""
+        """Take no more items of a model; what waits of it, oldest first. It finds its caps when it comes again."""
         self._limits.pop(name, None)
-        self._caps = {key: cap for key, cap in self._caps.items() if key[0] != name}
         return self._remove([group for group in self._groups.values() if group.key[0] == name])
 
     def drain(self) -> list[Item]:
@@ -406,10 +408,14 @@ class BatchQueue:
 
     Attributes:
         on_taken: called, without the lock, by whoever has taken items out.
+        on_idle: called, without the lock, by whoever takes and finds nothing yet, before it waits.
+
+    What these two raise is logged and costs nobody a batch.
     """
 
     def __init__(self, limits: Mapping[str, Limits], clock: Callable[[], float] = time.monotonic) -> None:
         self.on_taken: Callable[[], None] = lambda: None
+        self.on_idle: Callable[[], None] = lambda: None
         self._backlog = Backlog(limits)
         self._clock = clock
         self._changed = threading.Condition()
@@ -455,19 +461,26 @@ class BatchQueue:
     def take(self) -> Batch | Callable[[], None] | None:
         """Block until there is an errand, which goes first, or a batch is ready; None once the queue is closed."""
         with self._changed:
-            taken = self._wait()
+            taken = self._next(self._clock())
+        if taken is None:
+            _tell(self.on_idle)
+            with self._changed:
+                taken = self._wait()
         if isinstance(taken, Batch):
-            self.on_taken()
+            _tell(self.on_taken)
         return taken
+
+    def _next(self, now: float) -> Batch | Callable[[], None] | None:
+        if self._closed:
+            return None
+        return self._errands.popleft() if self._errands else self._backlog.next_batch(now)
 
     def _wait(self) -> Batch | Callable[[], None] | None:
         while not self._closed:
-            if self._errands:
-                return self._errands.popleft()
             now = self._clock()
-            batch = self._backlog.next_batch(now)
-            if batch is not None:
-                return batch
+            taken = self._next(now)
+            if taken is not None:
+                return taken
             wake_at = self._backlog.wake_at()
             self._changed.wait(None if wake_at is None else max(0.0, wake_at - now))
         return None
@@ -477,7 +490,7 @@ class BatchQueue:
         with self._changed:
             expired = self._backlog.expire(self._clock())
         if expired:
-            self.on_taken()
+            _tell(self.on_taken)
         return expired
 
     def cap(self, model: str, group: Hashable, max_items: int | None) -> None:
@@ -496,7 +509,7 @@ class BatchQueue:
         """See `Backlog.remove_model`."""
         with self._changed:
             items = self._backlog.remove_model(name)
-        self.on_taken()
+        _tell(self.on_taken)
         return items
 
     def close(self) -> list[Item]:
@@ -505,3 +518,10 @@ class BatchQueue:
             self._closed = True
             self._changed.notify_all()
             return self._backlog.drain()
+
+
+def _tell(hook: Callable[[], None]) -> None:
+    try:
+        hook()
+    except Exception:
+        logger.critical("whoever was told of a change of the queue raised; this is a bug", exc_info=True)

@@ -34,7 +34,7 @@ from nograd.tasks.predict import Outcome
 
 from .batching import Batch, BatchQueue, Item, Limits
 from .device import default_device
-from .faults import DeviceLost
+from .faults import DeviceLost, is_device_lost
 from .forward import run_isolated, run_pieces
 from .memory import MemoryBudget
 from .models import HostedModel, open_model
@@ -116,7 +116,7 @@ class Hooks:
 
     Attributes:
         on_abandoned: a job nobody wants any more was left out of its batch.
-        on_forward: before a forward: its jobs; after a batch: none.
+        on_forward: before a forward: its jobs; none once no other follows directly.
         on_fits: a model, the group of a batch, and how many items of it fit, since more ran out of memory.
         on_lost: the device answers no more; why, and the jobs it happened over. Expected to end the process.
     """
@@ -158,6 +158,7 @@ class Engine:
         self._first = [open_model(file, name) for name in names]
         self.models: dict[str, HostedModel] = {}
         self.queue = BatchQueue({})
+        self.queue.on_idle = self._clear
         self.stats: dict[str, ModelStats] = {}
         self.device = device or default_device()
         self.memory = MemoryBudget(self.device, memory_budget)
@@ -236,21 +237,24 @@ class Engine:
         """One batch, or one change of models; False if that was the last."""
         # A method of its own: a variable of the loop would keep what it last had alive, models and tensors included.
         batch = self.queue.take()
+        if not isinstance(batch, Batch):
+            self._clear()
         if batch is None:
             return False
-        if not isinstance(batch, Batch):
-            batch()
-            return True
         try:
-            self.step(batch)
+            if isinstance(batch, Batch):
+                self.step(batch)
+            else:
+                batch()
         except DeviceLost as err:
             self._hooks.on_lost(str(err), _jobs(self._last_forward))
             return False
         except BaseException as err:
             # Not a model's error (those are outcomes) but one of ours. A thread that ended here would leave a worker
             # that takes jobs and answers none.
-            logger.critical("a batch of %s could not be handed over; this is a bug", batch.model, exc_info=True)
-            _fail(batch, err)
+            logger.critical("a batch could not be handed over; this is a bug", exc_info=True)
+            if isinstance(batch, Batch):
+                _fail(batch, err)
         return True
 
     def _load(self, model: HostedModel) -> None:
@@ -285,8 +289,12 @@ class Engine:
         def run() -> None:
             try:
                 future.set_result(errand())
-            except BaseException as err:  # noqa: BLE001 - whatever it is, whoever waits for it raises it
+            except BaseException as err:  # whatever it is, whoever waits for it raises it
+                lost = is_device_lost(err, self.device)
                 future.set_exception(err)
+                if lost:
+                    self._last_forward = ()  # over none of them
+                    raise DeviceLost(f"{type(err).__name__}: {err}") from err
 
         if not self.queue.call(run):
             future.set_exception(ConfigError("the worker is shutting down"))
@@ -306,6 +314,7 @@ class Engine:
             if any(item.late is not None for item in batch.items):
                 with self.risks.gate.alone():
                     self._run_items(model, batch.items)
+                    self._clear()  # before anybody else is let in, over whom the process might die as well
             else:
                 self._run_items(model, batch.items)
         finally:
@@ -338,7 +347,7 @@ class Engine:
                 lambda piece: self._begin("the forward", model, piece),
                 on_outcome,
             )
-            self._end()
+            self.activities.end()
         finally:  # what was done before the device was lost counts as well
             ended = time.monotonic()
             forward = Forward(ended, ended - began, len(items))
@@ -375,7 +384,7 @@ class Engine:
         )
         if fits is not None and (known is None or fits < known[0]):
             self._block_fits[model] = (fits, time.monotonic())
-        self._end()
+        self.activities.end()
         stats.count(len(block.rows), failed, time.monotonic() - began)
         block.finish(fits)
 
@@ -386,8 +395,8 @@ class Engine:
         self._hooks.on_forward(jobs)
         self.activities.begin(what, model.name, jobs, model.spec.hard_timeout_s)
 
-    def _end(self) -> None:
-        self.activities.end()
+    def _clear(self) -> None:
+        """The process dies over nothing of the queue from here on. Told only when no other batch follows at once."""
         self._hooks.on_forward([])
 
     def _wanted(self, item: Item) -> bool:
@@ -403,9 +412,11 @@ class Engine:
         self._begin("the preparation", model, [item])
         try:
             item.prepared = item.late()
-        except BaseException as err:  # noqa: BLE001 - a model's own code; its item fails
+        except BaseException as err:  # a model's own code; its item fails
+            if is_device_lost(err, self.device):
+                raise DeviceLost(f"{type(err).__name__}: {err}") from err
             item.job.resolve(item.index, Outcome(error=as_invalid(err)))
-            self._end()
+            self.activities.end()
             return False
         return True
 

@@ -9,6 +9,8 @@ Laws:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 #: what memory that ran out says where it has no exception of its own: host memory, cuBLAS, CUDA outside torch's
@@ -35,15 +37,35 @@ def is_out_of_memory(err: BaseException, items: int) -> bool:
 
 
 def is_device_lost(err: BaseException, device: torch.device) -> bool:
-    """Whether the device is gone for this process. Asks it where it can: not every CUDA error is fatal."""
-    if not isinstance(err, RuntimeError):
-        return False
-    text = str(err)
-    if not isinstance(err, torch.AcceleratorError) and not any(words in text for words in _OF_THE_DEVICE):
-        return False
+    """Whether the device is gone for this process, whatever a model made of the error that says so.
+
+    Asks the device where it can: not every CUDA error is fatal.
+    """
+    suspicious = [each for each in chain(err) if _is_of_the_device(each)]
     if device.type == "cuda":
-        return not _answers(device)
-    return isinstance(err, torch.AcceleratorError) and not any(words in text for words in _OUT_OF_MEMORY)
+        return bool(suspicious) and not _answers(device)
+    return any(
+        isinstance(each, torch.AcceleratorError) and not any(words in str(each) for words in _OUT_OF_MEMORY)
+        for each in suspicious
+    )
+
+
+def chain(err: BaseException) -> Iterator[BaseException]:
+    """An error, and every one it was raised from or while handling, each once."""
+    seen: set[int] = set()
+    left: list[BaseException | None] = [err]
+    while left:
+        each = left.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            yield each
+            left += [each.__context__, each.__cause__]
+
+
+def _is_of_the_device(err: BaseException) -> bool:
+    if isinstance(err, torch.AcceleratorError):
+        return True
+    return isinstance(err, RuntimeError) and any(words in str(err) for words in _OF_THE_DEVICE)
 
 
 def _answers(device: torch.device) -> bool:

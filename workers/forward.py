@@ -13,7 +13,6 @@ Laws:
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,8 @@ from nograd.tasks.errors import JobError, ModelFailed, OutputMismatch, Overloade
 from nograd.tasks.predict import Outcome
 
 from .batching import Item
-from .faults import DeviceLost, is_device_lost, is_out_of_memory
+from .faults import DeviceLost, chain, is_device_lost, is_out_of_memory
+from .memory import free
 from .models import HostedModel
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def run_pieces(  # noqa: PLR0917 - two of them are what, five are how
             on_done(piece, result)
             continue
         if result.out_of_memory:
-            _free_memory()
+            free(device)  # out here nothing refers to its tensors any more
             fits = len(piece) // 2 or None
         if len(piece) > 1:
             if isinstance(result.error, OutputMismatch):
@@ -151,23 +151,22 @@ def _attempt(
         outputs = model.forward(inputs, params)
         if len(outputs) != len(inputs):
             raise OutputMismatch(f"model {model.name!r} returned {len(outputs)} outputs for {len(inputs)} inputs")
-    except JobError as err:
-        return _Failure(err)
     except BaseException as err:
         if is_device_lost(err, device):
             raise DeviceLost(f"{type(err).__name__}: {err}") from err
-        memory = is_out_of_memory(err, len(inputs))
-        clear_frames(err.__traceback__)  # frames hold tensors, and the halves need their memory
-        if memory:
+        _let_go(err)
+        if isinstance(err, JobError):
+            return _Failure(err)
+        if is_out_of_memory(err, len(inputs)):
             return _Failure(Overloaded(f"out of memory on {len(inputs)} input(s): {err}"), out_of_memory=True)
         error = ModelFailed(f"{type(err).__name__}: {err}")
-        error.__cause__ = err.with_traceback(None)
+        error.__cause__ = err
         return _Failure(error)
     return outputs
 
 
-def _free_memory() -> None:
-    """Give back what a failed forward held; outside its ``except``, where nothing refers to its tensors any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def _let_go(err: BaseException) -> None:
+    """Forget where an error came from: frames hold tensors, and the halves of a batch need their memory."""
+    for each in chain(err):
+        clear_frames(each.__traceback__)
+        each.__traceback__ = None

@@ -24,12 +24,17 @@ class Handle:
         raw: the tracer's arguments: task name, id, headers, body, content type, content encoding.
         received: monotonic time at which it came.
         started: monotonic time at which work on it began.
+        priority: Celery's: 0, the highest, for a message without one, 9 the lowest.
+        bulk: whether interactive messages go before it.
     """
 
     def __init__(self, celery: Callbacks, args: TraceArgs) -> None:
         self.celery = celery
         self.raw = args
         self.received = self.started = time.monotonic()
+        priority = (self.request_dict.get("delivery_info") or {}).get("priority")
+        self.priority: int = priority if isinstance(priority, int) else INTERACTIVE
+        self.bulk = self.priority >= BULK_FROM
         self._terminated = False
         self._claimed = False
         self._lock = threading.Lock()
@@ -44,17 +49,6 @@ class Handle:
         """Celery's headers of the task."""
         headers: dict[str, Any] = self.raw[2]
         return headers
-
-    @property
-    def priority(self) -> int:
-        """Celery's priority: 0, the highest, for a message without one, 9 the lowest."""
-        priority = (self.request_dict.get("delivery_info") or {}).get("priority")
-        return priority if isinstance(priority, int) else INTERACTIVE
-
-    @property
-    def bulk(self) -> bool:
-        """Whether interactive messages go before it."""
-        return self.priority >= BULK_FROM
 
     @property
     def delivery(self) -> Any:

@@ -73,7 +73,7 @@ class Hosting:
         engine: with its first models loaded.
         read: reads the model file.
         give_back: takes jobs of an unloaded model that waited, oldest first.
-        announce: makes the engine's models known to clients.
+        announce: hears that there are other models than before.
     """
 
     def __init__(
@@ -172,6 +172,7 @@ class Hosting:
         waited = len(jobs)
         self._give_back(jobs)
         jobs.clear()
+        self._announce()
         until = time.monotonic() + LET_GO_S
         free(self._engine.device)
         while model() is not None and time.monotonic() < until:

@@ -2,9 +2,10 @@
 
 Laws:
 
-* What counts is what has not reached the device: the items that wait for it, and the messages that have not been read
-  yet, each for as many items as the latest ones had. While a lane (interactive, bulk) holds its capacity, no more
-  messages of it are fetched; they stay in Redis, where any worker may take them. Nothing blocks and nothing is dropped.
+* What counts is what has not reached the device: the items that wait for it or are being prepared, and the messages
+  that have not been read yet, each for as many items as the latest ones had. While a lane (interactive, bulk) holds its
+  capacity, no more messages of it are fetched; they stay in Redis, where any worker may take them. Nothing blocks and
+  nothing is dropped.
 * A lane that holds nothing asks for one message at least, however many items it may bring.
 * The lanes have capacities of their own, so bulk never keeps an interactive message out.
 * Who was refused is told when there is room again.
@@ -18,7 +19,7 @@ from typing import Final
 
 from nograd.tasks.keys import BULK_FROM
 
-#: items of a message as long as none has been read: too many rather than too few, the first one read puts it right
+#: items of a message as long as none has been read, at most: too many rather than too few, the first ones put it right
 ITEMS_UNKNOWN: Final = 64
 #: batches of its largest model a worker holds of interactive and of bulk items besides the one on the device
 INTERACTIVE_BATCHES: Final = 4
@@ -34,22 +35,36 @@ class _Lane:
         self.came = self.begun = 0
         #: items of the next message: rises at once, falls slowly
         self.expected: float = ITEMS_UNKNOWN
+        #: the items each thread has in preparation, by its id, and their sum
+        self._preparing: dict[int, int] = {}
+        self.in_preparation = 0
         self.refused = False
 
     @property
     def unread(self) -> int:
-        """Messages that came and have not begun."""
+        """Messages that came and have not been read."""
         return self.came - self.begun
 
     def room(self, waiting: int) -> int:
         """Messages that may come while so many items wait."""
-        left = self.capacity - waiting - self.unread * self.expected
+        left = self.capacity - waiting - self.in_preparation - self.unread * self.expected
         return max(0, -int(-left // self.expected))
 
-    def learn(self, items: int) -> None:
-        """A message had so many items."""
-        items = max(1, items)
-        self.expected = items if items > self.expected else self.expected + (items - self.expected) / 4
+    def read(self, items: int, thread: int) -> None:
+        """A thread has read a message, of so many items."""
+        known = max(1, items)
+        self.expected = known if known > self.expected else self.expected + (known - self.expected) / 4
+        self.begun += 1
+        self._preparing[thread] = items
+        self.in_preparation += items
+
+    def began(self, thread: int) -> None:
+        """A thread is done with its message, which it has read or not."""
+        items = self._preparing.pop(thread, None)
+        if items is None:
+            self.begun += 1
+        else:
+            self.in_preparation -= items
 
 
 class Intake:
@@ -60,10 +75,17 @@ class Intake:
         largest: items in a batch of its largest model; may be changed with `resize`.
         waiting: the items that wait for the device: interactive, bulk.
         on_room: called when a lane that was full has room again. Must be quick.
+        threads: how many messages are prepared at a time: so many are asked for while nobody knows how large they are.
     """
 
     def __init__(
-        self, in_flight: int, largest: int, waiting: Callable[[], tuple[int, int]], on_room: Callable[[], None]
+        self,
+        in_flight: int,
+        largest: int,
+        waiting: Callable[[], tuple[int, int]],
+        on_room: Callable[[], None],
+        *,
+        threads: int = 1,
     ) -> None:
         self._in_flight = in_flight
         self._waiting = waiting
@@ -71,6 +93,8 @@ class Intake:
         self._lanes = (_Lane(), _Lane())
         self._lock = threading.Lock()
         self.resize(largest)
+        for lane in self._lanes:
+            lane.expected = min(ITEMS_UNKNOWN, max(1, lane.capacity // threads))
 
     def resize(self, largest: int) -> None:
         """The largest batch is another one from now on."""
@@ -93,14 +117,15 @@ class Intake:
         self._lanes[bulk].came += 1
 
     def read(self, items: int, *, bulk: bool) -> None:
-        """A message that came has this many items; until `began` it still counts as unread."""
+        """A message that came has this many items: it counts for so many until the calling thread says `began`."""
         with self._lock:
-            self._lanes[bulk].learn(items)
+            self._lanes[bulk].read(items, threading.get_ident())
+        self.eased()
 
     def began(self, *, bulk: bool) -> None:
-        """A message is no longer unread: its items wait for the device, or it has ended."""
+        """The message the calling thread has read, or could not read, has its items at the device or has ended."""
         with self._lock:
-            self._lanes[bulk].begun += 1
+            self._lanes[bulk].began(threading.get_ident())
         self.eased()
 
     def began_task(self, *, bulk: bool) -> None:

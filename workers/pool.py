@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 from celery import states
 from celery.app.task import Context
 from celery.concurrency.base import BasePool
+from celery.signals import worker_ready
 from celery.worker import state
 from celery.worker.state import revoked
 from kombu import Queue
@@ -77,7 +78,7 @@ class Task(Handle):
 
     def run(self) -> None:
         """Run it, unless it was revoked while it waited for a thread."""
-        transport.started(self.delivery)
+        transport.started([self.delivery])
         if self._intake is not None:
             self._intake.began_task(bulk=self.bulk)
         if self.begin() and self.claim():
@@ -146,7 +147,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
         task = self.app.tasks[PREDICT_TASK]
         _, hostname = self.options.get("initargs") or (None, "")
         self.settler = Settler(ResultStore(self.app, task, hostname), task.resultrepr_maxsize, engine.risks)
-        self.intake = Intake(self.limit, self._largest(), lambda: engine.queue.waiting, transport.resume)
+        waiting = lambda: engine.queue.waiting  # noqa: E731
+        self.intake = Intake(self.limit, self._largest(), waiting, transport.resume, threads=resources.threads)
         engine.queue.on_taken = self.intake.eased
         transport.throttle(self._room)
         self.chunks = ChunkRunner(
@@ -156,7 +158,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             threads=resources.threads,
             claim_s=Settings.from_env().lease_s,
         )
-        self.preparer = preparer = Preparer(
+        self.preparer = Preparer(
             engine.models,
             engine.queue,
             self.settler,
@@ -168,23 +170,19 @@ class TaskPool(BasePool):  # type: ignore[misc]
             risks=engine.risks,
         )
 
-        def expire() -> None:
-            engine.expire()
-            preparer.expire()
-
         self.watchdog = Watchdog(
             engine.activities,
             lambda: [model.spec.hard_timeout_s for model in list(engine.models.values())],
-            expire,
+            self._on_tick,
             self._on_hung,
         )
-        self.sizes = SafeSizes(self.app.backend.client, kind_of(engine.device), engine.models.keys, engine.queue.cap)
+        self.sizes = SafeSizes(self.app.backend.client, kind_of(engine.device), engine.queue.cap)
         self._threads = {"prepare": resources.threads, **device.threads()}
         self.hosting = Hosting(engine, _model_file, self._give_back, self._announce)
         for crew in (self.settler, self.preparer, self._tasks, self._withdrawn, self._backfill, self.hosting):
             crew.start()
         self.sizes.start()
-        self._recall_cancelled()
+        worker_ready.connect(self._recall_cancelled)
         self.watchdog.start()
         transport.watch(self._makes_progress)
         self._warn_of_small_batches()
@@ -270,10 +268,11 @@ class TaskPool(BasePool):  # type: ignore[misc]
 
     def _room(self, priority: int) -> int:
         """How many more messages of this priority the worker takes."""
-        if priority < CHUNKS and self.intake is not None:
-            return self.intake.room(priority)
-        # One chunk ahead of those that run, so that a worker that joins finds some.
-        return max(0, 1 - len(self._backfill))
+        room = 1 if self.intake is None else self.intake.room(priority)
+        if priority < CHUNKS:
+            return room
+        # One chunk ahead of those that run, so that a worker that joins finds some; predictions may come this way, too.
+        return max(0, min(room, 1 - len(self._backfill)))
 
     def _bury(self, message: Message, deaths: int) -> JobError:
         """Store the failure of a job that kills workers, and keep its message for whoever wants to know why."""
@@ -294,6 +293,15 @@ class TaskPool(BasePool):  # type: ignore[misc]
         if self._stopping.is_set() or self.engine is None or self.watchdog is None:
             return True
         return self.engine.alive and self.watchdog.alive
+
+    def _on_tick(self) -> None:
+        if self.engine is None:
+            return
+        if not self.engine.alive and not self._stopping.is_set():
+            self._die(EXIT_DEVICE, "the device thread has ended, which is a bug", [])
+        self.engine.expire()
+        if self.preparer is not None:
+            self.preparer.expire()
 
     def _on_fits(self, model: str, group: Any, max_items: int) -> None:
         if self.sizes is not None:
@@ -372,8 +380,12 @@ class TaskPool(BasePool):  # type: ignore[misc]
 
     # -- what others may know ----------------------------------------------------------------------------------------
 
-    def _recall_cancelled(self) -> None:
-        """Hear of the jobs that were cancelled while this worker was not up."""
+    def _recall_cancelled(self, **_: Any) -> None:
+        """Hear of the jobs that were cancelled while this worker could not.
+
+        Called when the worker listens to remote control already and has not got a message yet: whoever cancels writes
+        it down first, so it is either read here or heard.
+        """
         try:
             for task_id in cancelled.recall(self.app.backend.client):
                 revoked.add(task_id)
@@ -404,7 +416,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             )  # fmt: skip
 
     def _announce(self) -> None:
-        """There are more models than before."""
+        """There are other models than before."""
         if self.intake is not None:
             self.intake.resize(self._largest())
         self._warn_of_small_batches()
@@ -462,8 +474,7 @@ def _mark_suspects(jobs: Sequence[Message]) -> None:
     """Before a forward: if this process dies now, it was over one of these."""
     deliveries = [job.delivery for job in jobs]
     transport.suspect(deliveries)
-    for delivery in deliveries:
-        transport.started(delivery)
+    transport.started(deliveries)
 
 
 def _model_file() -> ModelFile:

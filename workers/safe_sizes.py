@@ -3,7 +3,7 @@
 Laws:
 
 * Where a batch of a group ran out of memory, this worker caps the group's batches at once, every worker on a device of
-  the same kind does within `SYNC_S`, and one that starts begins with the cap.
+  the same kind does within `SYNC_S`, and one that starts, or loads the model only then, begins with the cap.
 * A cap is forgotten `keys.SAFE_SIZE_TTL_S` after it was learnt. The next full batch then shows whether it still holds,
   at the price of one forward: one bad moment cripples nobody for ever.
 * The device thread never waits for Redis, and Redis away costs nothing but the sharing.
@@ -16,7 +16,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
@@ -62,20 +62,12 @@ class SafeSizes:
     Args:
         redis: the connection of the result backend.
         kind: of the device; only devices of one kind learn from each other (`kind_of`).
-        models: the names of the models that are here now; asked again and again.
-        cap: bounds the batches of a model's group; None lifts that (`BatchQueue.cap`).
+        cap: bounds the batches of a group, also of a model that is not here; None lifts that (`BatchQueue.cap`).
     """
 
-    def __init__(
-        self,
-        redis: Any,
-        kind: str,
-        models: Callable[[], Collection[str]],
-        cap: Callable[[str, Hashable, int | None], None],
-    ) -> None:
+    def __init__(self, redis: Any, kind: str, cap: Callable[[str, Hashable, int | None], None]) -> None:
         self._redis = redis
         self._key = SAFE_SIZES + kind
-        self._models = models
         self._cap = cap
         self._known: dict[_Place, SafeSize] = {}
         self._capped: dict[_Place, int] = {}
@@ -156,8 +148,7 @@ class SafeSizes:
                 self._known[place] = size
 
     def _apply(self) -> None:
-        here = set(self._models())
-        wanted = {place: size.max_items for place, size in self._known.items() if place[0] in here}
+        wanted = {place: size.max_items for place, size in self._known.items()}
         for place in self._capped.keys() - wanted.keys():
             self._cap(*place, None)
         for place, most in wanted.items():

@@ -32,7 +32,7 @@ PUSH_S: Final = 5.0
 MARGIN_S: Final = 10.0
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # a frozen one takes twice as long to make, and every message makes one
 class Activity:
     """What a thread does that runs a model's code.
 

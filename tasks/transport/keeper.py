@@ -101,7 +101,7 @@ class _Burial:
 class Keeper:
     """Owner of all deliveries this process holds from one Redis.
 
-    Every method may be called from any thread. None but `flush`, `lost` and `beat` waits for Redis (and those that are
+    Every method may be called from any thread. None but `flush` and `beat` waits for Redis (and those that are
     told to, ``now=True``). What fails is kept and tried again: an acknowledgement is never an exception in a task.
     """
 
@@ -123,7 +123,8 @@ class Keeper:
         self._others: deque[_Return | _Burial] = deque()
         self._forgotten: deque[str] = deque()
         self._stages: dict[str, tuple[str, ...]] = {}
-        self._channels: weakref.WeakSet[Any] = weakref.WeakSet()
+        #: by id: unlike a WeakSet, its `valuerefs` may be taken while another thread changes it
+        self._channels: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self._clock: tuple[float, float] | None = None
         self._sweep_after = 0.0
         self._stuck = False
@@ -163,11 +164,14 @@ class Keeper:
             return room
         return _throttle(step) if room is None else min(room, _throttle(step))
 
-    def started(self, lease: Lease) -> None:
-        """The message no longer counts against the budget of its priority."""
-        lease.started = True
-        self._unstarted.get(lease.step, set()).discard(lease.id)
-        self.nudge_starved()
+    def started(self, leases: Iterable[Lease]) -> None:
+        """These messages no longer count against the budgets of their priorities."""
+        first = [lease for lease in leases if not lease.started]
+        for lease in first:
+            lease.started = True
+            self._unstarted.get(lease.step, set()).discard(lease.id)
+        if first and self.budgets:
+            self.nudge_starved()
 
     @property
     def held(self) -> int:
@@ -280,16 +284,6 @@ class Keeper:
         return ("SET", key, "\n" + "\n".join(ids) + "\n", "PX", names.SUSPECTS_TTL_MS) if ids else ("DEL", key)
 
     # -- beating -----------------------------------------------------------------------------------------------------
-
-    def lost(self, lease: Lease) -> bool:
-        """Whether somebody else may have the message by now.
-
-        Costs nothing while the lease is known to run. After a freeze it asks Redis; if that cannot be reached nobody
-        else can have got the message either, and the answer is no.
-        """
-        if not lease.lost and lease.id in self._held and time.monotonic() > lease.deadline:
-            self.beat()
-        return lease.lost
 
     def beat(self) -> bool:
         """Renew every lease, hear which are lost, reclaim what others let expire; False if Redis did not answer."""
@@ -452,12 +446,12 @@ class Keeper:
 
     def attach(self, channel: Any) -> None:
         """A channel consumes; while one does, this process also looks for expired leases of others."""
-        self._channels.add(channel)
+        self._channels[id(channel)] = channel
         self._ensure_thread()
 
     def detach(self, channel: Any) -> None:
         """The channel has stopped consuming."""
-        self._channels.discard(channel)
+        self._channels.pop(id(channel), None)
         self._wake.set()
 
     @property
@@ -473,8 +467,9 @@ class Keeper:
 
     def forget(self) -> None:
         """Hold nothing any more (in a forked child: no lock is taken, a thread that is not here may have it)."""
-        for held in (self._held, self._acks, self._others, self._channels, self._forgotten, self._orphans):
+        for held in (self._held, self._acks, self._others, self._forgotten, self._orphans):
             held.clear()
+        self._channels.clear()
 
     def _complain(self, text: str, *args: Any) -> None:
         if time.monotonic() - self._complained_at > COMPLAIN_S:
@@ -499,8 +494,9 @@ class Keeper:
 
     def nudge_starved(self) -> None:
         """A priority that had no room may have some now: wake the consumers that do not listen for it."""
-        for channel in list(self._channels):
-            if channel.starved:
+        for ref in self._channels.valuerefs():
+            channel = ref()
+            if channel is not None and channel.starved:
                 channel.starved = False
                 with suppress(RedisError, OSError):  # it looks by itself within a second
                     self._marks.send(self.nudge_command(channel))

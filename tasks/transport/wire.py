@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
 from redis import ConnectionPool
 from redis.exceptions import NoScriptError, RedisError, ResponseError
@@ -13,6 +13,9 @@ from redis.exceptions import NoScriptError, RedisError, ResponseError
 from .scripts import ALL
 
 Command = tuple[Any, ...]
+
+#: replies `Wire.send` leaves unread at most; only a Redis that has stopped answering lets so many gather
+MOST_UNREAD: Final = 1000
 
 
 class Wire:
@@ -45,17 +48,19 @@ class Wire:
                 raise
 
     def send(self, commands: Iterable[Command]) -> None:
-        """Write the commands and read their replies some other time.
+        """Write the commands and read their replies some other time: waits for no reply while few are missing.
 
         What has been written arrives even if this process dies on its next instruction.
         """
         commands = list(commands)
         with self._lock:
             try:
-                self._read_back()
                 connection = self._connected()
+                while self._unread and (self._unread > MOST_UNREAD or connection.can_read(timeout=0)):
+                    self._unread -= 1
+                    self._read()
                 connection.send_packed_command(connection.pack_commands(commands), check_health=False)
-                self._unread = len(commands)
+                self._unread += len(commands)
             except BaseException:
                 self.close()
                 raise

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nograd.workers.batching import BatchQueue
+
 
 class Spy:
     """Answers with what a forward sees of the world around it."""
@@ -157,6 +159,8 @@ class Deadly:
                 raise torch.AcceleratorError("CUDA error: device-side assert triggered")
             if self.meet("hang with the GIL", value):
                 ctypes.PyDLL(None).sleep(1000)
+            if self.meet("end the device thread", value):
+                BatchQueue.take = None
             self.meet("hang", value)
         return [value if isinstance(value, int) else (value, f"in a batch of {len(batch)}") for value in batch]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
+import threading
 import time
 from contextlib import suppress
 
@@ -13,7 +15,7 @@ import redis
 
 from nograd.tasks import transport
 
-from .support import NOTHING_LEFT, left, wait_for
+from .support import NOTHING_LEFT, OURS, left, wait_for
 
 
 def publish(connection, queue="q", count=1, priority=0, **body):
@@ -100,7 +102,7 @@ def test_an_expired_lease_goes_back_and_the_zombie_touches_nobodys_entry(each_se
     assert left(each_server) == {"unacked": 1, "index": 1, "leases": 1}
     zombie.channel.keeper.watchdogs.clear()
     zombie.channel.keeper.beat()
-    assert transport.lost(stale) or zombie.channel.keeper.held == 0
+    assert stale.lease.lost or zombie.channel.keeper.held == 0
     assert left(each_server) == {"unacked": 1, "index": 1, "leases": 1}
     fresh.ack()
     assert left(each_server) == NOTHING_LEFT
@@ -123,7 +125,6 @@ def test_a_beat_says_what_is_lost_and_never_brings_it_back(each_server, connect)
     each_server.client.delete("_nograd.leases")
     holder.channel.keeper.beat()
     assert message.lease.lost
-    assert transport.lost(message)
     assert each_server.client.zcard("_nograd.leases") == 0
 
 
@@ -233,7 +234,7 @@ def test_a_budget_bounds_one_priority_and_frees_up(server, connect):
     assert len(consumer.drain(3)) == 3  # the others pass
     bulk[-1].ack()
     assert len(consumer.drain(1)) == 1
-    transport.started(consumer.messages[0])
+    transport.started(consumer.messages[:1])
     assert len(consumer.drain(1)) == 1
     assert server.client.llen("q\x06\x169") == 6
 
@@ -427,3 +428,47 @@ def test_stock_kombu_puts_our_messages_back_where_they_came_from(server, connect
     stock.qos.restore_by_tag(message.delivery_tag)
     assert server.client.llen("q\x06\x166") == 1
     assert server.client.hlen("unacked") == 0
+
+
+def test_many_that_start_are_one_nudge_and_the_second_time_none(server, connect):
+    publish(connect(server), count=4, priority=9)
+    consumer = Consumer(connect(server, budgets={9: 4}))
+    messages = consumer.drain(4)
+    nudges = []
+    keeper = consumer.channel.keeper
+    command = keeper.nudge_command
+    keeper.nudge_command = lambda channel: nudges.append(channel) or command(channel)
+    for _ in range(2):
+        consumer.channel.starved = True
+        transport.started(messages)
+        assert nudges == [consumer.channel]
+    assert keeper.room(9) == 4
+
+
+def test_channels_may_come_and_go_while_others_are_nudged(server, connect):
+    keeper = Consumer(connect(server)).channel.keeper
+    channels = [kombu.Connection(server.url, transport=OURS).channel() for _ in range(8)]
+    stop, errors = threading.Event(), []
+
+    def nudge():
+        try:
+            while not stop.is_set():
+                transport.resume()
+        except RuntimeError as err:
+            errors.append(err)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=nudge)
+    thread.start()
+    try:
+        for _ in range(5000):
+            for channel in channels:
+                keeper.attach(channel)
+            for channel in channels:
+                keeper.detach(channel)
+    finally:
+        sys.setswitchinterval(interval)
+        stop.set()
+        thread.join()
+    assert errors == []

@@ -339,3 +339,36 @@ def test_an_errand_wakes_whoever_waits_for_a_batch():
     queue.call(errand)
     thread.join(10)
     assert taken == [errand]
+
+
+def test_the_caps_of_a_model_outlast_its_reload():
+    waiting = backlog(max_items=8)
+    waiting.cap("m", None, 2)
+    waiting.remove_model("m")
+    waiting.add_model("m", Limits(max_items=8))
+    for _ in range(8):
+        waiting.put(item())
+    assert len(waiting.next_batch(now=0).items) == 2
+
+
+def test_who_raises_when_told_costs_nobody_a_batch(caplog):
+    def fail():
+        raise RuntimeError("Set changed size during iteration")
+
+    queue = BatchQueue({"m": Limits(max_items=1)})
+    queue.on_taken = queue.on_idle = fail
+    queue.put([item(), item()])
+    assert [len(queue.take().items) for _ in range(2)] == [1, 1]
+    assert caplog.text.count("Set changed size") == 2 * 2  # the message and its traceback's end
+
+
+def test_who_takes_says_so_before_it_waits_and_not_while_there_is_more():
+    told = []
+    queue = BatchQueue({"m": Limits(max_items=1)})
+    queue.on_idle = lambda: (told.append(len(queue)), queue.put([item()]))
+    queue.put([item(), item()])
+    for _ in range(2):
+        queue.take()
+    assert told == []
+    queue.take()
+    assert told == [0]

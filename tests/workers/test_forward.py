@@ -145,8 +145,9 @@ def test_an_odd_batch_is_split_into_what_fits():
     assert (model.sizes, fits) == ([5, 2, 2, 1], 2)
 
 
-@pytest.mark.parametrize("error", [*MEMORY[:2], ValueError("no")], ids=repr)
-def test_the_memory_of_a_failed_forward_is_free_before_the_next_one(error):
+@pytest.mark.parametrize("error", [*MEMORY[:2], ValueError("no"), OutputMismatch("no")], ids=repr)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_memory_of_a_failed_forward_is_free_before_the_next_one(error, wrapped):
     held = []
 
     def body(batch):
@@ -155,13 +156,21 @@ def test_the_memory_of_a_failed_forward_is_free_before_the_next_one(error):
             assert held[0]() is None
         activations = torch.zeros(1000)
         held.append(weakref.ref(activations))
-        if len(batch) > 1:
+        if batch[0] == 1:
             raise type(error)(*error.args)
-        return [int(activations.sum())]
+        return [int(activations.sum())] * len(batch)
 
-    held_nothing, _, _ = run(body, [1, 2])
+    def wrapping(batch):
+        try:
+            return body(batch)
+        except type(error) as err:
+            raise type(error)("could not score") from err
+
+    outcomes, _, _ = run(wrapping if wrapped else body, [1, 2])
     assert len(held) == 3
-    assert [outcome.error for outcome in held_nothing] == [None, None]
+    assert [outcome.error is None for outcome in outcomes] == [False, True]
+    gc.collect()
+    assert held[1]() is None  # nor does the outcome of the one that failed alone keep it
 
 
 def test_a_lost_device_is_not_asked_again_and_what_was_done_before_counts():
@@ -205,3 +214,25 @@ def test_what_fits_is_found_out_once(fits, sizes):
     assert found == 2
     assert model.sizes == sizes
     assert {row: int(output) for row, output in done.items()} == {row: row for row in range(10)}
+
+
+@pytest.mark.parametrize("error", [ValueError, ModelFailed], ids=repr)
+def test_a_model_that_wraps_the_error_of_a_lost_device_does_not_hide_it(error):
+    def body(batch):
+        try:
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+        except RuntimeError as err:
+            raise error("could not score") from err
+
+    with pytest.raises(DeviceLost, match="could not score"):
+        run(body, [1, 2])
+
+
+def test_an_error_that_is_its_own_cause_is_looked_at_once():
+    def body(batch):
+        first, second = ValueError("first"), ValueError("second")
+        first.__cause__, second.__context__ = second, first
+        raise first
+
+    outcomes, _, _ = run(body, [1])
+    assert type(outcomes[0].error) is ModelFailed

@@ -1,5 +1,7 @@
 """The laws of `nograd.workers.intake`."""
 
+import threading
+
 import pytest
 
 from nograd.tasks.keys import BULK, INTERACTIVE
@@ -109,3 +111,48 @@ def test_a_model_that_is_added_may_make_the_batches_larger(intake):
     before = intake.room(INTERACTIVE)
     intake.resize(640)
     assert intake.room(INTERACTIVE) == 10 * before
+
+
+def test_each_thread_gets_a_message_while_nobody_knows_how_large_they_are():
+    intake = Intake(in_flight=64, largest=16, waiting=lambda: (0, 0), on_room=lambda: None, threads=8)
+    for _ in range(8):
+        assert intake.room(INTERACTIVE) > 0
+        intake.came(bulk=False)
+    assert intake.room(INTERACTIVE) == 0
+
+
+def test_a_message_that_is_being_prepared_counts_for_the_items_it_has(intake, waiting):
+    one_read(intake, 64, bulk=True)
+    intake.came(bulk=True)
+    intake.came(bulk=True)
+    assert intake.room(BULK) == 0  # two unread ones may be as large as the last
+    intake.read(1, bulk=True)
+    assert intake.room(BULK) == 2  # of 128 items 1 + 48.25
+    intake.began(bulk=True)
+    other = threading.Thread(target=lambda: intake.read(10_000, bulk=True))
+    other.start()
+    other.join()
+    assert intake.room(BULK) == 0
+
+
+def test_an_interactive_message_prepared_in_the_middle_of_a_bulk_one_is_counted_by_itself(intake):
+    for _ in range(40):
+        one_read(intake, 1, bulk=True)
+        one_read(intake, 1)
+    free = intake.room(INTERACTIVE), intake.room(BULK)
+    intake.came(bulk=True)
+    intake.read(20, bulk=True)
+    one_read(intake, 1)
+    assert intake.room(BULK) < free[1]
+    assert intake.room(INTERACTIVE) == free[0]
+    intake.began(bulk=True)
+    for _ in range(40):
+        one_read(intake, 1, bulk=True)
+    assert intake.room(BULK) == free[1]
+
+
+def test_who_was_refused_is_told_as_soon_as_messages_turn_out_to_be_small(intake, told):
+    while intake.room(BULK):
+        intake.came(bulk=True)
+    intake.read(1, bulk=True)
+    assert told == [1]

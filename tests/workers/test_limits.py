@@ -7,7 +7,8 @@ import pytest
 
 import fleet_of_tests
 from nograd.producer import Client
-from nograd.tasks import errors, keys
+from nograd.producer.broker import Message
+from nograd.tasks import cancelled, errors, keys
 from nograd.workers import exits
 
 TIMEOUT = 60
@@ -99,6 +100,19 @@ def test_a_worker_with_a_model_that_hangs_says_where_and_ends_and_all_its_jobs_s
     words = client.app.backend.client.get(keys.LAST_WORDS + jobs[40].id).decode()
     assert words.startswith(says)
     assert client.app.backend.client.ttl(keys.LAST_WORDS + jobs[40].id) > 3600
+
+
+def test_a_worker_whose_device_thread_has_ended_says_so_and_ends_and_its_jobs_succeed_elsewhere(
+    client, doomed, tmp_path
+):
+    jobs = client.submit_many("deadly", [*range(40), ["end the device thread", str(tmp_path / "happened")], *range(40)])
+    first = doomed("deadly")
+    assert first.process.wait(TIMEOUT) == exits.EXIT_DEVICE, first.text()
+    assert "the device thread has ended" in first.text()
+    second = doomed("deadly")
+    results = [job.result(TIMEOUT) for job in jobs]
+    assert results[:40] + results[41:] == [*range(40), *range(40)]
+    second.stop()
 
 
 def test_code_that_hangs_and_holds_the_gil_ends_the_worker_as_well(client, start_worker, models, tmp_path):
@@ -221,11 +235,64 @@ def test_what_fits_into_memory_is_learnt_once_by_the_whole_fleet(client, start_w
 
 
 def test_a_job_that_is_cancelled_while_no_worker_is_up_never_runs(client, start_worker, models):
-    cancelled, kept = client.submit("hungry", 1), client.submit("hungry", 1)
-    cancelled.cancel()
+    unwanted, kept = client.submit("hungry", 1), client.submit("hungry", 1)
+    unwanted.cancel()
     worker = start_worker(models, "-Q", "nograd.hungry")
     with pytest.raises(errors.JobCancelled):
-        cancelled.result(TIMEOUT)
+        unwanted.result(TIMEOUT)
     assert kept.result(TIMEOUT) == 1
     assert client.app.backend.client.ttl(keys.CANCELLED) > 3600
     worker.stop()
+
+
+LATE = """
+from celery.signals import worker_ready
+
+from nograd.tasks import cancelled
+
+
+class Late:
+    def __init__(self, job):
+        self.job = job
+
+    def load(self, device):
+        worker_ready.connect(self.cancel, weak=False)
+
+    def cancel(self, sender, **_):
+        cancelled.remember(sender.app.backend.client, [self.job])
+
+    def forward(self, batch):
+        return batch
+"""
+
+
+def test_a_job_that_is_cancelled_while_a_worker_starts_never_runs(client, start_worker, tmp_path):
+    """Its models are loaded, and nobody broadcasts it: the worker must read it right before its first message."""
+    unwanted, kept = (Message.of("late", value, value) for value in (1, 2))
+    (tmp_path / "late_cancel.py").write_text(LATE)
+    models = tmp_path / "models.toml"
+    models.write_text(f"""
+[late]
+loader = "python"
+class = "late_cancel:Late"
+init = {{ job = "{unwanted.id}" }}
+""")
+    client.broker.publish_many([unwanted, kept])
+    worker = start_worker(models)
+    assert client.result(kept.id, TIMEOUT) == 2
+    with pytest.raises(errors.JobCancelled):
+        client.result(unwanted.id, TIMEOUT)
+    worker.stop()
+
+
+def test_a_cancellation_is_written_down_before_it_is_broadcast(client, monkeypatch):
+    redis, seen = client.app.backend.client, []
+    broadcast = client.app.control.revoke
+
+    def revoke(ids):
+        seen.append(set(ids) <= set(cancelled.recall(redis)))
+        return broadcast(ids)
+
+    monkeypatch.setattr(client.app.control, "revoke", revoke)
+    client.broker.revoke(["a", "b"])
+    assert seen == [True]

@@ -10,7 +10,7 @@ import pytest
 import fleet_of_tests
 from nograd.producer import Client
 from nograd.producer.broker import PRIORITY_SUFFIXES, Message
-from nograd.tasks.keys import BULK, INTERACTIVE
+from nograd.tasks.keys import BULK, CHUNKS, INTERACTIVE
 
 TIMEOUT = 120
 BATCH = 8
@@ -90,17 +90,17 @@ def test_a_worker_that_joins_late_gets_its_part_of_the_bulk_and_an_interactive_j
     assert urgent["batch"] == BATCH
 
 
-@pytest.mark.parametrize("priority", [INTERACTIVE, BULK])
+@pytest.mark.parametrize("priority", [INTERACTIVE, BULK, CHUNKS])
 def test_messages_of_many_items_stay_in_redis_until_the_device_needs_them(fleet, priority):
     fleet.start()
     rows, packs = 64, 20
     messages = [Message(fleet.model, list(range(rows)), "rows", many=True, priority=priority) for _ in range(packs)]
     fleet.client.broker.publish_many(messages)
-    suffix = BULK_LIST if priority == BULK else ""
+    suffix = {INTERACTIVE: "", BULK: BULK_LIST, CHUNKS: PRIORITY_SUFFIXES[-1]}[priority]
     assert fleet.settled(lambda: fleet.queued(suffix)) >= packs - 3
     (pool,) = fleet.pools()
     assert rows - BATCH <= pool["waiting_items"] <= 3 * rows
-    assert pool["waiting_bulk_items"] == (pool["waiting_items"] if priority == BULK else 0)
+    assert pool["waiting_bulk_items"] == (0 if priority == INTERACTIVE else pool["waiting_items"])
     fleet.gate.touch()
     answers = [one for message in messages for one in fleet.client.result(message.id, TIMEOUT)]
     assert len(answers) == rows * packs

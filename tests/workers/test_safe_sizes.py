@@ -23,9 +23,9 @@ def redis(redis_url):
 class Worker:
     """The batch limits of a worker, and what it knows of sizes."""
 
-    def __init__(self, redis, kind="gpu", models=("m", "n")):
+    def __init__(self, redis, kind="gpu"):
         self.caps = {}
-        self.sizes = SafeSizes(redis, kind, lambda: models, self.cap)
+        self.sizes = SafeSizes(redis, kind, self.cap)
         self.sizes.start()
 
     def cap(self, model, group, most):
@@ -66,11 +66,11 @@ def test_who_learns_keeps_to_it_at_once_and_the_others_soon(worker, redis):
     assert 0 < redis.ttl(SAFE_SIZES + "gpu") <= SAFE_SIZE_TTL_S
 
 
-def test_another_kind_of_device_and_another_model_learn_nothing(worker):
-    one, smaller, elsewhere = worker(), worker(kind="small gpu"), worker(models=("n",))
+def test_another_kind_of_device_learns_nothing(worker):
+    one, other, smaller = worker(), worker(), worker(kind="small gpu")
     one.sizes.learn("m", GROUP, 16)
     one.sizes.learn("n", None, 4)
-    until(lambda: elsewhere.caps == {("n", None): 4})
+    until(lambda: other.caps == {("m", GROUP): 16, ("n", None): 4})
     assert smaller.caps == {}
 
 

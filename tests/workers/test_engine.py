@@ -1,0 +1,195 @@
+"""The device thread of `nograd.workers.engine` with real models: whom it names when, and what ends it."""
+
+import threading
+
+import pytest
+import torch
+
+from nograd.tasks.errors import ModelFileError
+from nograd.tasks.modelfile import load_model_file
+from nograd.workers.batching import Item
+from nograd.workers.engine import Engine, Hooks
+from nograd.workers.models import open_model
+
+CODE = """
+import torch
+
+
+class Echo:
+    def load(self, device):
+        pass
+
+    def forward(self, batch):
+        return batch
+
+
+class Lost(Echo):
+    def load(self, device):
+        try:
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+        except RuntimeError as err:
+            raise ValueError("cannot load") from err
+
+
+class Broken(Echo):
+    def load(self, device):
+        raise ValueError("cannot load")
+"""
+MODELS = """
+[echo]
+loader = "python"
+class = "engine_models:Echo"
+batch = { max_items = 1 }
+
+[lost]
+loader = "python"
+class = "engine_models:Lost"
+
+[broken]
+loader = "python"
+class = "engine_models:Broken"
+"""
+TIMEOUT = 30
+
+
+class Job:
+    """What the engine tells of one input."""
+
+    def __init__(self):
+        self.params, self.outcome, self.done = {}, None, threading.Event()
+
+    def abandoned(self):
+        return False
+
+    def resolve(self, index, outcome, forward=None):
+        self.outcome = outcome
+        self.done.set()
+
+
+class Told:
+    """Every call of the engine's hooks."""
+
+    def __init__(self):
+        self.forwards, self.lost, self.cleared, self.died = [], [], threading.Event(), threading.Event()
+
+    def on_forward(self, jobs):
+        self.forwards.append(list(jobs))
+        if not jobs:
+            self.cleared.set()
+
+    def on_lost(self, why, jobs):
+        self.lost.append((why, list(jobs)))
+        self.died.set()
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "engine_models.py").write_text(CODE)
+    path = tmp_path / "models.toml"
+    path.write_text(MODELS)
+    return load_model_file(path)
+
+
+@pytest.fixture
+def told():
+    return Told()
+
+
+@pytest.fixture
+def engine(file, told):
+    made = Engine(file, ["echo"], Hooks(on_forward=told.on_forward, on_lost=told.on_lost), torch.device("cpu"))
+    made.start()
+    yield made
+    made.finish()
+
+
+def put(engine, *jobs, late=None):
+    engine.queue.put([Item("echo", None, n, job, late=late) for n, job in enumerate(jobs)])
+
+
+def test_who_is_on_the_device_is_replaced_and_taken_back_only_when_nobody_follows(engine, told):
+    gate, entered = threading.Event(), threading.Event()
+    engine.queue.call(lambda: (entered.set(), gate.wait()))
+    assert entered.wait(TIMEOUT)
+    jobs = [Job() for _ in range(3)]
+    put(engine, *jobs)
+    told.cleared.clear()
+    del told.forwards[:]
+    gate.set()
+    for job in jobs:
+        assert job.done.wait(TIMEOUT)
+    assert told.cleared.wait(TIMEOUT)
+    written = [jobs for jobs in told.forwards if jobs]
+    assert written == [[job] for job in jobs]
+    assert told.forwards[-1] == []
+    assert told.forwards[:3] == written  # no empty one between them
+
+
+def test_before_a_model_is_loaded_nobody_is_on_the_device(engine, told, file):
+    job, seen = Job(), []
+    gate = threading.Event()
+    engine.queue.call(gate.wait)
+    put(engine, job)
+    gate.set()
+    assert job.done.wait(TIMEOUT)
+    engine.queue.call(lambda: seen.append(list(told.forwards)))
+    with pytest.raises(ModelFileError, match="cannot load"):
+        engine.add(open_model(file, "broken")).result(TIMEOUT)
+    assert seen[0][-1] == []
+    assert engine.alive
+    assert told.lost == []
+
+
+def test_who_ran_alone_is_taken_back_before_others_are_let_in_though_another_follows(engine, told):
+    gate, entered = threading.Event(), threading.Event()
+    engine.queue.call(lambda: (entered.set(), gate.wait()))
+    assert entered.wait(TIMEOUT)
+    alone, other = Job(), Job()
+    put(engine, alone, late=lambda: 0)
+    put(engine, other)
+    del told.forwards[:]
+    gate.set()
+    assert alone.done.wait(TIMEOUT)
+    assert other.done.wait(TIMEOUT)
+    between = told.forwards[: told.forwards.index([other])]
+    assert between[-1] == []
+    assert between[0] == [alone]
+
+
+def test_a_device_lost_in_a_late_preparation_is_lost_over_its_job(engine, told):
+    def prepare():
+        try:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        except RuntimeError as err:
+            raise ValueError("bad input") from err
+
+    job = Job()
+    put(engine, job, late=prepare)
+    assert told.died.wait(TIMEOUT)
+    ((why, jobs),) = told.lost
+    assert "bad input" in why
+    assert jobs == [job]
+    assert job.outcome is None
+
+
+def test_a_device_lost_while_a_model_is_loaded_is_lost_over_nobody(engine, told, file):
+    job = Job()
+    put(engine, job)
+    assert job.done.wait(TIMEOUT)
+    with pytest.raises(ModelFileError, match="cannot load"):
+        engine.add(open_model(file, "lost")).result(TIMEOUT)
+    assert told.died.wait(TIMEOUT)
+    ((_, jobs),) = told.lost
+    assert jobs == []
+
+
+def test_whoever_fails_when_told_of_room_does_not_end_the_thread(engine):
+    def fail():
+        raise RuntimeError("Set changed size during iteration")
+
+    engine.queue.on_taken = fail
+    jobs = [Job(), Job()]
+    put(engine, *jobs)
+    for job in jobs:
+        assert job.done.wait(TIMEOUT)
+    assert engine.alive
