@@ -14,7 +14,7 @@ OVER_BUDGET = "error budget exceeded"
 
 def allowed_failures(budget: float, rows: int) -> int:
     """Rows that may fail of so many planned ones."""
-    return int(budget * rows) if budget < 1 else int(budget)
+    return int(round(budget * rows, 6)) if budget < 1 else int(budget)
 
 
 def parse_budget(given: str | float | None) -> float | None:

@@ -151,7 +151,12 @@ def send_sample(app: Any, sample: Sample) -> Any:
 
 def hints_of(job: Job) -> str:
     """The name of a backfill's hints in Redis: one plan may be run into several folders."""
-    return f"{job.plan.job}-{hashlib.sha256(job.store.url.encode()).hexdigest()[:8]}"
+    return hints_at(job.plan.sha256, job.store.url)
+
+
+def hints_at(plan: str, out: str) -> str:
+    """The name of the hints of the plan with this sha256 in this folder."""
+    return f"{plan[:12]}-{hashlib.sha256(out.encode()).hexdigest()[:8]}"
 
 
 def _runner(name: str) -> Runner:

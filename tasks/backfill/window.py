@@ -31,7 +31,7 @@ from nograd.tasks.keys import LEASE_S
 
 #: seconds a chunk may wait in its queue before it is issued again. Too short costs a duplicate that ends at its first
 #: look; only a message that was lost (a FLUSHALL) needs it
-QUEUED_S: Final = 900.0
+QUEUED_S: Final = 300.0
 #: seconds the keys of a backfill are kept after their last use
 KEPT_S: Final = 7 * 24 * 3600
 #: chunks that wait beyond one for each that runs, so that a worker that joins finds one
@@ -54,6 +54,7 @@ class Cursor(msgspec.Struct, frozen=True):
         deaths: attempts before this one that did not come back over (some of) these rows.
         probe: the row that was run alone, its prediction thrown away, to find out whether it kills; None if none was.
         killers: rows that have killed a worker alone.
+        probed: first row and end of those that were run alone last, and did not kill.
     """
 
     first: int = 0
@@ -61,6 +62,7 @@ class Cursor(msgspec.Struct, frozen=True):
     deaths: int = 0
     probe: int | None = None
     killers: list[int] = []
+    probed: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +175,14 @@ class Window:
         """What `stop` was told; None after the next wish."""
         stored = self._client.get(self._prefix + "why")
         return None if stored is None else _text(stored)
+
+    def count_troubles(self, chunk: int) -> int:
+        """How often a chunk has met trouble that is no row's, with this time."""
+        pipe = self._client.pipeline(transaction=True)
+        pipe.hincrby(self._prefix + "troubles", str(chunk), 1)
+        pipe.expire(self._prefix + "troubles", KEPT_S)
+        times, _ = pipe.execute()
+        return int(times)
 
     def count_failures(self, chunk_failures: int, rows: int) -> tuple[int, int]:
         """Add a committed chunk's failed rows and rows to a running count; the sums, which a FLUSHALL starts anew."""

@@ -37,10 +37,13 @@ def to_array(batch: pa.RecordBatch, columns: Sequence[str], *, scalars: bool) ->
         scalars: a single column of numbers is one number a row, not a row of one.
 
     Returns:
-        ``(n, columns)``; ``(n,)`` for scalars; ``(n, k)`` for a column of lists. None for lists of different lengths.
+        ``(n, columns)``; ``(n,)`` for scalars; ``(n, k)`` for a column of lists. None for lists of different lengths,
+        and for missing values among whole numbers.
     """
     if len(columns) == 1 and not _is_number(batch.column(columns[0]).type):
         return _lists(batch.column(columns[0]))
+    if any(batch.column(name).null_count and not pa.types.is_floating(batch.column(name).type) for name in columns):
+        return None  # NumPy would make floats of the whole column, and round its large numbers
     arrays = [batch.column(name).to_numpy(zero_copy_only=False) for name in columns]
     if scalars and len(arrays) == 1:
         return arrays[0]  # type: ignore[no-any-return]

@@ -14,37 +14,44 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Protocol
 
-from celery.exceptions import Reject
+import redis
+from celery.exceptions import Reject, Retry
+from kombu.exceptions import OperationalError
 
-from nograd.tasks.backfill import commit, plan
+from nograd.tasks.backfill import commit, plan, state
 from nograd.tasks.backfill.budget import OVER_BUDGET, allowed_failures
 from nograd.tasks.backfill.fingerprint import model_changes, version_changes
 from nograd.tasks.backfill.output import PartWriter
 from nograd.tasks.backfill.plan import Job, ModelIdentity
 from nograd.tasks.backfill.pump import pump
+from nograd.tasks.backfill.rows import Slice
 from nograd.tasks.backfill.sources import Reader, open_reader, reader_of
 from nograd.tasks.backfill.store import open_store
-from nograd.tasks.backfill.task import ChunkCall, Sample, hints_of, send_chunk
+from nograd.tasks.backfill.task import ChunkCall, Sample, hints_at, send_chunk
 from nograd.tasks.backfill.window import Window
 from nograd.tasks.errors import BackfillError, OutputError, PlanChanged, SourceError, UnknownModel
 from nograd.workers.engine import Engine
 from nograd.workers.models import HostedModel
+from nograd.workers.risk import Gate
 
 from .attempt import Attempt, GivenUp, hint
 from .block import Block
 from .measure import Measurement
-from .scoring import Device, scorer_for
+from .scoring import Device, Scorer, scorer_for
 
 logger = logging.getLogger(__name__)
 
-#: times a chunk is tried again, with a growing pause, when inputs or output do not answer
+#: times a chunk is tried again, with a growing pause, when inputs or output do not answer, or nobody knows what it is
 RETRIES = 3
+#: seconds before a chunk is looked at again after Redis was away
+AGAIN_S = 2.0
 #: libraries whose versions stand in the plan, by the loader that uses them
 _LIBRARIES = {"torchvision": "torchvision", "transformers": "transformers", "lightning": "lightning"}
 
@@ -95,6 +102,8 @@ class ChunkRunner:
         self._claim_s = claim_s
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="nograd-rows")
         self._mine = threading.local()
+        #: a row that is run alone, to find out whether it kills, has no other chunk's rows beside it
+        self._gate = Gate()
         #: set when the worker stops: chunks are given up at the next batch
         self.closing = threading.Event()
 
@@ -107,27 +116,43 @@ class ChunkRunner:
             celery.exceptions.Reject: if the worker stops: another one gets the message.
             celery.exceptions.Retry: if it has to be looked at again later.
         """
-        window: Window | None = None
+        # Before anything that may fail: also a worker that cannot see the folder must be able to say so.
+        window = Window(self._client, hints_at(call.plan, call.out), self._claim_s)
         try:
             job, _ = self._open(call)
-            window = Window(self._client, hints_of(job), self._claim_s)
             told = self._attempt(task, call, job, window)
-            pump(job, window, lambda chunk: send_chunk(task.celery.app, job, chunk, call.budget))
         except GivenUp as err:
             logger.info("chunk %d of %s is given up: %s", call.chunk, call.out, err)
             if err.requeue:
                 raise Reject(str(err), requeue=True) from err
             return {"chunk": call.chunk, "given_up": str(err)}
-        except (SourceError, OutputError) as err:
-            tries = task.celery.request.retries
-            if tries < RETRIES:
-                raise task.again(2.0 ** (tries + 1)) from err
-            return self._stop(window, call, err)
-        except BackfillError as err:
-            return self._stop(window, call, err)
+        except (Reject, Retry):
+            raise
         except UnknownModel as err:  # it was unloaded here; the message is another worker's
             raise Reject(err.message, requeue=True) from err
+        except redis.RedisError as err:  # only a hint; the chunk comes again
+            raise task.again(AGAIN_S) from err
+        except Exception as err:  # noqa: BLE001 - whatever it is, the backfill neither loops over it nor ends in silence
+            return self._trouble(task, call, window, err)
+        try:
+            pump(job, window, lambda chunk: send_chunk(task.celery.app, job, chunk, call.budget))
+        except (redis.RedisError, OperationalError) as err:
+            # The chunk is committed; its message comes again to do nothing but this.
+            raise task.again(AGAIN_S) from err
+        except BackfillError as err:
+            return self._stop(window, call, err)
         return told
+
+    def _trouble(self, task: BoundTask, call: ChunkCall, window: Window, err: Exception) -> dict[str, Any]:
+        """What is wrong with the run: once more where that may help, and then it is paused."""
+        known = isinstance(err, BackfillError)
+        tries = window.count_troubles(call.chunk)
+        if tries <= RETRIES and (not known or isinstance(err, SourceError | OutputError)):
+            logger.warning("chunk %d of %s is tried again: %s", call.chunk, call.out, err, exc_info=not known)
+            raise task.again(2.0**tries) from err
+        return self._stop(
+            window, call, err if isinstance(err, BackfillError) else BackfillError(f"{type(err).__name__}: {err}")
+        )
 
     def _attempt(self, task: BoundTask, call: ChunkCall, job: Job, window: Window) -> dict[str, Any]:
         wish = window.wish
@@ -165,28 +190,44 @@ class ChunkRunner:
             model, job.plan.source, job.plan.parameters, device, self._threads,
             batch_rows=job.plan.batch_rows, killers=attempt.suspects.killers,
         )  # fmt: skip
+        if attempt.suspects.hopeless is not None:
+            first, last = attempt.suspects.hopeless
+            raise BackfillError(
+                f"workers keep dying over rows {first} to {last} of chunk {call.chunk}, of which none kills alone"
+            )
         if attempt.suspects.probe:
-            for piece in reader.slices(extents, rows=1):
-                if attempt.suspects.is_probed(piece.position, attempt.leave):
-                    list(scorer.score([piece]))
-            attempt.suspects.probe = range(0)
-        writer = PartWriter(job.plan, call.chunk, sum(extent.count for extent in extents))
-        for scored in scorer.score(reader.slices(extents, rows=job.plan.batch_rows)):
+            with self._gate.alone():
+                for piece in reader.slices(extents, rows=1):
+                    if attempt.suspects.is_probed(piece.position, attempt.leave):
+                        list(scorer.score([piece]))
+                attempt.suspects.cleared()
+                attempt.note(0, 0)
+        self._gate.enter()
+        try:
+            return self._write(call, job, scorer, reader.slices(extents, rows=job.plan.batch_rows))
+        finally:
+            self._gate.leave()
+
+    @staticmethod
+    def _write(call: ChunkCall, job: Job, scorer: Scorer, slices: Iterable[Slice]) -> commit.Part:
+        writer = PartWriter(job.plan, call.chunk, job.rows_of(call.chunk))
+        for scored in scorer.score(slices):
             writer.add(scored.piece, scored.predictions, scored.failures)
         return writer.finish()
 
     def _mind_the_budget(self, window: Window, job: Job, call: ChunkCall, record: commit.CommitRecord) -> None:
         failed, _ = window.count_failures(record.rows_err, record.rows_ok + record.rows_err)
-        if call.budget is not None and failed > allowed_failures(call.budget, job.plan.rows):
+        # The message's budget may be an older one than that of the last resume.
+        budget = call.budget if not record.rows_err else state.read(job.store).error_budget
+        if budget is not None and failed > allowed_failures(budget, job.plan.rows):
             window.stop(f"{OVER_BUDGET}: {failed} failed rows of {job.plan.rows} planned ones")
 
-    def _stop(self, window: Window | None, call: ChunkCall, err: BackfillError) -> dict[str, Any]:
-        logger.error("the backfill in %s is paused: %s", call.out, err.message)
-        if window is not None:
-            with hint():
-                window.forget(call.chunk)
-                window.stop(err.message)
-        return {"chunk": call.chunk, "error": err.message}
+    def _stop(self, window: Window, call: ChunkCall, err: Exception) -> dict[str, Any]:
+        logger.error("the backfill in %s is paused: %s", call.out, err)
+        with hint():
+            window.forget(call.chunk)
+            window.stop(f"worker {self._worker}: {err}")
+        return {"chunk": call.chunk, "error": str(err)}
 
     # -- nograd.calibrate --------------------------------------------------------------------------------------------
 
@@ -217,6 +258,15 @@ class ChunkRunner:
         self, task: BoundTask, model: HostedModel, params: Mapping[str, Any], hold: Hold, split: list[str]
     ) -> Device:
         settings, task_id = model.settings(params), str(task.celery.request.id)
+        chunk = Block(task_id, task.delivery, settings, (), split)  # what is to blame for a row that hangs
+
+        @contextmanager
+        def guard(what: str) -> Iterator[None]:
+            self._engine.activities.begin(what, model.name, [chunk], model.spec.hard_timeout_s)
+            try:
+                yield
+            finally:
+                self._engine.activities.end()
 
         def submit(block: Block) -> None:
             if not self._engine.queue.put([block.item(model.name)]):
@@ -227,6 +277,7 @@ class ChunkRunner:
             check=hold.check,
             block=lambda rows: Block(task_id, task.delivery, settings, rows, split),
             note=hold.note,
+            guard=guard,
         )
 
     def _open(self, call: ChunkCall) -> tuple[Job, Reader]:

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
@@ -36,6 +37,8 @@ from .columns import input_of, numeric, to_array
 BLOCKS = 3
 #: slices that are prepared ahead of the device
 AHEAD = 3
+#: prepared rows that wait for company, in batches: of images that all have a size of their own, most would wait
+GROUPED = 16
 #: seconds before rows whose errors may pass are tried again, in turn
 AGAIN_S = (1.0, 4.0)
 #: pieces of a slice that threads prepare by turns
@@ -63,12 +66,14 @@ class Device:
         block: makes a block of prepared rows.
         note: called before rows of the chunk are prepared or run: the first one's position, and how many are under way
             from there on.
+        guard: the time limit of the model for one row's preparation or ``finish``, given the word for it.
     """
 
     submit: Callable[[Block], None]
     check: Callable[[], None]
     block: Callable[[Sequence[Any]], Block]
     note: Callable[[int, int], None]
+    guard: Callable[[str], AbstractContextManager[None]]
 
     def wait(self, block: Block) -> Block:
         """Wait for a block, checking meanwhile.
@@ -116,7 +121,9 @@ def scorer_for(
         killers: positions in the chunk of rows that are left out because workers died over them.
     """
     setup = _Setup(model, source, model.settings(params), device, threads, batch_rows, frozenset(killers))
-    if isinstance(model, TensorModel) and model.takes_rows and numeric(source) and not killers:
+    # With a limit of cost, or rows to be left out, each row counts by itself.
+    whole = model.spec.batch.max_cost is None and not killers
+    if whole and isinstance(model, TensorModel) and model.takes_rows and numeric(source):
         return _Columns(model, setup)
     return _Objects(setup)
 
@@ -214,8 +221,12 @@ class _Columns:
         together = self._together(block)
         if together is not None and not wrong:
             return Scored(piece, together, failures)
+        if together is not None:
+            scattered = np.zeros((rows, *together.shape[1:]), together.dtype)
+            scattered[kept] = together
+            return Scored(piece, scattered, failures)
         values: list[Any] = [None] * rows
-        for index, outcome in enumerate(_each(self._model, block, self._params) if together is None else together):
+        for index, outcome in enumerate(_each(self._model, block, self._params, self._device)):
             if isinstance(outcome, NogradError):
                 failures[int(kept[index])] = self._blame(piece, int(kept[index]), "predict", outcome)
             else:
@@ -229,14 +240,15 @@ class _Columns:
         return self._model.finish_rows(block.segments[0][2])
 
 
-def _each(model: HostedModel, block: Block, params: Mapping[str, Any]) -> Iterator[Any]:
+def _each(model: HostedModel, block: Block, params: Mapping[str, Any], device: Device) -> Iterator[Any]:
     """For each row of a block its prediction, or its error."""
     for start, stop, outputs in block.segments:
         if isinstance(outputs, NogradError):
             yield from [outputs] * (stop - start)
             continue
         for output in outputs:
-            outcome = finish(model, output, params)
+            with device.guard("finish"):
+                outcome = finish(model, output, params)
             yield outcome.value if outcome.error is None else outcome.error
 
 
@@ -337,8 +349,9 @@ class _Objects:
         found: list[tuple[int, Any]] = []
         for index in indices:
             try:
-                prepared = self._model.prepare(self._input(piece.batch, good[index]), self._params)
-                found.append((index, (prepared, self._model.bucket(prepared), self._model.cost(prepared))))
+                with self._device.guard("the preparation"):
+                    prepared = self._model.prepare(self._input(piece.batch, good[index]), self._params)
+                    found.append((index, (prepared, self._model.bucket(prepared), self._model.cost(prepared))))
             except SourceError:
                 raise
             except BaseException as err:  # noqa: BLE001 - a model's own code; its row fails
@@ -361,6 +374,8 @@ class _Objects:
                 group.dearest = max(group.dearest, cost)
                 if len(group.rows) >= self._batch_rows:
                     self._send(self._groups.pop(bucket).rows)
+                while sum(len(each.rows) for each in self._groups.values()) > GROUPED * self._batch_rows:
+                    self._send(self._groups.pop(next(iter(self._groups))).rows)  # the oldest, whatever it has
         pending.prepared.clear()
 
     def _result(self, future: Future[list[tuple[int, Any]]]) -> list[tuple[int, Any]]:
@@ -381,7 +396,7 @@ class _Objects:
         while len(self._blocks) > most:
             block, rows = self._blocks.popleft()
             self._device.wait(block)
-            for row, outcome in zip(rows, _each(self._model, block, self._params), strict=True):
+            for row, outcome in zip(rows, _each(self._model, block, self._params, self._device), strict=True):
                 self._take(row, outcome)
 
     def _take(self, row: _Row, outcome: Any) -> None:

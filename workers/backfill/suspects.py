@@ -12,6 +12,7 @@ Laws:
 * A row fails for that only after a worker has died over it alone, and two over its neighbourhood.
 * A worker that was killed for another reason costs nothing: the next attempt runs the same batches, and so commits the
   same bytes.
+* Rows that kill only together stop the backfill, with their numbers: it does not take workers along for ever.
 * What is known stands in Redis (`Cursor`); where that is lost, it is found out again.
 """
 
@@ -39,6 +40,12 @@ class Suspects:
     killers: list[int] = field(default_factory=list)
     probe: range = field(default_factory=lambda: range(0))
     before: Cursor | None = None
+    #: first row and end of those that were run alone last, and did not kill
+    probed: tuple[int, int] = (0, 0)
+    #: first row and end of the suspects
+    area: tuple[int, int] = (0, 0)
+    #: the first and the last of rows that kill together, and not alone: nobody can tell which to leave out
+    hopeless: tuple[int, int] | None = None
 
     @classmethod
     def after(cls, cursor: Cursor | None) -> Suspects:
@@ -47,10 +54,17 @@ class Suspects:
             return cls()
         end = cursor.first + cursor.count
         if cursor.probe is not None:
-            return cls([*cursor.killers, cursor.probe], range(cursor.probe + 1, end))
+            # The suspects before the killer were alone already; the next ones are, if the probe of these ends well.
+            return cls([*cursor.killers, cursor.probe], range(cursor.probe + 1, end), area=(cursor.probed[0], end))
+        if cursor.deaths + 1 >= MOST_DEATHS and cursor.probed[0] <= cursor.first < end <= cursor.probed[1]:
+            return cls(list(cursor.killers), hopeless=(cursor.first, end - 1))
         if cursor.deaths + 1 >= MOST_DEATHS:
-            return cls(list(cursor.killers), range(cursor.first, end))
-        return cls(list(cursor.killers), before=cursor)
+            return cls(list(cursor.killers), range(cursor.first, end), area=(cursor.first, end))
+        return cls(list(cursor.killers), before=cursor, probed=cursor.probed)
+
+    def cleared(self) -> None:
+        """Every suspect has been run alone."""
+        self.probed, self.probe = (self.area[0], self.area[1]), range(0)
 
     def cursor(self, first: int, count: int) -> Cursor:
         """What to leave behind while these rows are under way."""
@@ -58,7 +72,7 @@ class Suspects:
         if self.before is not None:
             apart = first >= self.before.first + self.before.count or self.before.first >= first + count
             deaths = 0 if apart else self.before.deaths + 1
-        return Cursor(first, count, deaths, killers=self.killers)
+        return Cursor(first, count, deaths, killers=self.killers, probed=self.probed)
 
     def is_probed(self, row: int, leave: Callable[[Cursor], None]) -> bool:
         """Whether a row is to be run alone now, its prediction thrown away.
@@ -69,5 +83,5 @@ class Suspects:
         """
         if row not in self.probe:
             return False
-        leave(Cursor(row, self.probe.stop - row, probe=row, killers=self.killers))
+        leave(Cursor(row, self.probe.stop - row, probe=row, killers=self.killers, probed=self.area))
         return True

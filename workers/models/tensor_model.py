@@ -140,10 +140,14 @@ class TensorModel(HostedModel):
             OutputMismatch: if it does not return one output for each.
         """
         stacked = self._stack(batch)
+        if isinstance(batch, torch.Tensor) and self.device.type == "cpu":
+            stacked = stacked.clone()  # a module may write into its input, and these rows may have to be run again
         output = self.call(stacked)
         together = isinstance(batch, torch.Tensor) and isinstance(output, torch.Tensor)
         if together and output.ndim and len(output) == len(stacked):
             rows: Any = output.detach().cpu()[: len(batch)]
+            if output.device.type == "cpu":
+                rows = rows.clone()  # a module may return a buffer of its own, and use it again in the next forward
             return rows  # type: ignore[no-any-return] # a tensor has a length and slices; that is all that is asked
         return split(output, len(stacked))[: len(batch)]
 

@@ -21,13 +21,14 @@ from .base import (
     Reader,
     Request,
     Survey,
+    check_unchanged,
     choose_columns,
     number_files,
     open_file,
     own_columns,
     schema_of,
 )
-from .listing import Found
+from .listing import Found, stat
 
 if TYPE_CHECKING:
     import numpy as np
@@ -126,6 +127,8 @@ class ParquetReader(Reader):
     def _file(self, file: InputFile) -> pq.ParquetFile:
         if self._last is None or self._last[0] != file.url:
             self._last = (file.url, _open(file))
+        else:
+            check_unchanged(file, stat(file.url))  # it was opened for an earlier chunk
         return self._last[1]
 
     def _part(self, file: InputFile, source: pq.ParquetFile, group: int, first: int, count: int) -> Iterator[Piece]:

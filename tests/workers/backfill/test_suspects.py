@@ -21,7 +21,8 @@ def attempt(left, rows, batch, killers):
     for row in range(rows):
         if suspects.is_probed(row, leave) and row in killers:
             return cursor, None
-    suspects.probe = range(0)
+    if suspects.probe:
+        suspects.cleared()
     for first in range(0, rows, batch):
         batch_rows = range(first, min(first + batch, rows))
         leave(suspects.cursor(first, len(batch_rows)))
@@ -59,3 +60,15 @@ def test_two_deaths_over_the_same_rows_make_them_suspects():
     once = Suspects().cursor(8, 8)
     twice = Suspects.after(once).cursor(0, 16)
     assert list(Suspects.after(twice).probe) == list(range(16))
+
+
+def test_rows_that_kill_only_together_stop_the_backfill():
+    left = None
+    for _ in range(5):
+        suspects = Suspects.after(left)
+        if suspects.hopeless:
+            break
+        if suspects.probe:
+            suspects.cleared()
+        left = suspects.cursor(8, 16)
+    assert suspects.hopeless == (8, 23)

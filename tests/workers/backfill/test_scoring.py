@@ -1,0 +1,119 @@
+"""Columns of numbers: what one row is, or does, never changes another one's input or prediction."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from nograd.tasks.backfill.rows import Slice
+from nograd.tasks.backfill.sources import survey
+from nograd.tasks.modelfile import load_model_file
+from nograd.workers.backfill.block import Block
+from nograd.workers.backfill.columns import to_array
+from nograd.workers.backfill.scoring import Device, scorer_for
+from nograd.workers.models import open_model
+
+CODE = """
+import torch
+
+class Greedy(torch.nn.Module):
+    '''Writes into its input, and answers with a buffer of its own.'''
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('answer', torch.zeros(64))
+
+    def forward(self, x):
+        x -= 1
+        torch.sum(x, dim=1, out=self.answer[: len(x)])
+        return self.answer[: len(x)]
+
+class Square(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('answer', torch.zeros(64))
+
+    def forward(self, x):
+        return x[:, :, None] * x[:, None, :]
+"""
+
+
+@pytest.fixture
+def hosted(tmp_path, monkeypatch):
+    def hosted(name):
+        (tmp_path / "scoring_models.py").write_text(CODE)
+        torch.save({"answer": torch.zeros(64)}, tmp_path / "w.pth")
+        (tmp_path / "models.toml").write_text(
+            f'[m]\nloader = "module"\nclass = "scoring_models:{name}"\nweights = "w.pth"\ninput = "rows"\nshape = [2]\n'
+        )
+        model = open_model(load_model_file(tmp_path / "models.toml"), "m")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        model.load(torch.device("cpu"))
+        return model
+
+    yield hosted
+    sys.modules.pop("scoring_models", None)
+
+
+def scored(model, source, slices):
+    def run(block):
+        with torch.no_grad():
+            block.settle(0, len(block.rows), model.forward(block.rows, {}))
+        block.finish(None)
+
+    device = Device(
+        submit=run,
+        check=lambda: None,
+        block=lambda rows: Block("id", None, {}, rows, []),
+        note=lambda *_: None,
+        guard=lambda _: contextlib.nullcontext(),
+    )
+    with ThreadPoolExecutor(1) as threads:
+        return list(scorer_for(model, source, {}, device, threads, batch_rows=4).score(slices))
+
+
+def slices_of(table, size=4):
+    batch = table.combine_chunks().to_batches()[0]
+    return [
+        Slice(start, batch.slice(start, size), pa.array(range(start, start + len(batch.slice(start, size)))))
+        for start in range(0, len(batch), size)
+    ]
+
+
+@pytest.fixture
+def source(tmp_path):
+    (tmp_path / "in.csv").write_text("id,a,b\n1,1.5,2.5\n")
+    return survey(tmp_path / "in.csv", id="id").spec
+
+
+def test_a_module_that_keeps_what_it_gets_and_gives_spoils_nothing(hosted, source):
+    values = np.arange(24, dtype="float32").reshape(12, 2)
+    model = hosted("Greedy")
+    rows = torch.from_numpy(values.copy())
+    first = model.forward(rows, {})
+    second = model.forward(rows, {})  # as after a batch that was split
+    assert torch.equal(rows, torch.from_numpy(values))
+    assert torch.equal(first, second)
+    table = pa.table({"id": range(12), "a": values[:, 0].astype(float), "b": values[:, 1].astype(float)})
+    predictions = [each.predictions for each in scored(model, source, slices_of(table))]
+    np.testing.assert_array_equal(np.concatenate(predictions), values.sum(axis=1) - 2)
+
+
+def test_a_bad_row_among_predictions_that_are_matrices_fails_alone(hosted, source):
+    table = pa.table({"id": range(4), "a": [1.0, float("nan"), 3.0, 4.0], "b": [1.0, 1.0, 1.0, 1.0]})
+    (only,) = scored(hosted("Square"), source, slices_of(table))
+    assert list(only.failures) == [1]
+    assert only.predictions.shape == (4, 2, 2)
+    np.testing.assert_array_equal(only.predictions[2], [[9, 3], [3, 1]])
+
+
+def test_a_missing_whole_number_does_not_round_its_neighbours():
+    batch = pa.record_batch({"a": pa.array([2**53 + 1, None]), "b": pa.array([1, 2])})
+    assert to_array(batch, ["a", "b"], scalars=False) is None
+    whole = pa.record_batch({"a": pa.array([2**53 + 1, 5]), "b": pa.array([1, 2])})
+    assert to_array(whole, ["a", "b"], scalars=False)[0, 0] == 2**53 + 1
