@@ -121,5 +121,5 @@ def test_replies_that_stay_away_are_waited_for_in_the_end(server, proxy, keeper,
     proxy.open.set()
     thread.join()
     wait_for(lambda: written(server, keeper) == [lease(50).id])
-    assert sets(server) - before == 50
+    assert sets(server) - before >= 50  # every one was sent; a beat meanwhile sends the last one again
     assert proxy.connections == 1
