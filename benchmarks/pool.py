@@ -20,6 +20,7 @@ import json
 import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +32,7 @@ from typing import Any
 import redis
 from celery import Celery
 from common import fleet, hosted, stats
+from common.fleet import Broken
 from common.raw import ResNet
 from common.raw import mlp as raw_mlp
 
@@ -251,7 +253,7 @@ def busy(bench: Bench, count: int) -> dict[str, float]:
         control, queue = one.client.app.control, "nograd.accelerator"
         # Filled while nobody consumes it, so that all of them begin at once and no producer takes their CPU.
         if len(control.cancel_consumer(queue, reply=True, timeout=10, limit=count)) < count:
-            raise SystemExit("not every worker stops consuming")
+            raise Broken("not every worker stops consuming")
         full_rate = count * hosted.SIMULATED_BATCH / device_s(hosted.SIMULATED_BATCH)
         held = 4 * hosted.SIMULATED_BATCH * count  # messages in flight at the end
         one.client.broker.publish_many(packs("accelerator", int(full_rate * (window + 3) / 16) + held, 16))
@@ -261,7 +263,7 @@ def busy(bench: Bench, count: int) -> dict[str, float]:
         time.sleep(window)
         ended, cpu_s = time.monotonic(), cpu_s + sum(worker.cpu_s() for worker in running)
         if not one.client.broker.waiting(["accelerator"])["accelerator"]:
-            raise SystemExit("the queue ran empty within the window")
+            raise Broken("the queue ran empty within the window")
         of_window = [
             (min(end, ended) - max(begin, began), end - begin, items)
             for each in hosted.forwards(trace).values()
@@ -298,7 +300,7 @@ def latency(bench: Bench) -> None:
             time.sleep(1)
             loaded.append(latencies(one.client, jobs))
             if not one.client.broker.waiting(["accelerator"])["accelerator"]:
-                raise SystemExit("the backfill ended before the interactive jobs did")
+                raise Broken("the backfill ended before the interactive jobs did")
     for name, found in (("idle", idle), ("under a backfill", loaded)):
         for share in (0.5, 0.99):
             bench.note(
@@ -359,16 +361,27 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="nograd-bench-") as name:
         folder = Path(name)
         bench = Bench(options.rounds, options.scale, folder, hosted.write_models(folder))
+        broken = {}
         for section in chosen:
-            SECTIONS[section](bench)
+            seen = len(bench.rows)
+            try:
+                SECTIONS[section](bench)
+            except Broken as problem:  # what the other sections took minutes to find is not thrown away
+                broken[section] = str(problem)
+                print(f"{section}: {problem}", file=sys.stderr)
+            for row in bench.rows[seen:]:
+                print(line(row), file=sys.stderr if options.json else sys.stdout, flush=True)
     if options.json:
-        print(json.dumps(bench.rows, indent=1))
-        return
-    for row in bench.rows:
-        interval = f"[{row['interval'][0]:g}, {row['interval'][1]:g}]" if "interval" in row else ""
-        verdict = f"{row['target']:>10}  {'met' if row['met'] else 'MISSED'}" if "target" in row else ""
-        cpu = f"{row['cpu_ms']:.3g} ms of CPU each" if "cpu_ms" in row else ""
-        print(f"{row['what']:64} {row['figure']:>10g} {row['unit']:2} {interval or cpu:24} {verdict}")
+        print(json.dumps({"rows": bench.rows, "broken": broken}, indent=1))
+    sys.exit(bool(broken))
+
+
+def line(row: dict[str, Any]) -> str:
+    """A figure for people."""
+    interval = f"[{row['interval'][0]:g}, {row['interval'][1]:g}]" if "interval" in row else ""
+    verdict = f"{row['target']:>10}  {'met' if row['met'] else 'MISSED'}" if "target" in row else ""
+    cpu = f"{row['cpu_ms']:.3g} ms of CPU each" if "cpu_ms" in row else ""
+    return f"{row['what']:64} {row['figure']:>10g} {row['unit']:2} {interval or cpu:24} {verdict}"
 
 
 if __name__ == "__main__":

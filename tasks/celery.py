@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from celery import Celery
@@ -126,8 +127,15 @@ def route(name: str, args: Any, kwargs: Any, options: Any, task: Any = None, **_
     return {"queue": queue_name(model)}
 
 
-def configure_worker(app: Celery, settings: Settings, concurrency: int | None = None) -> None:
+def configure_worker(
+    app: Celery, settings: Settings, *, concurrency: int | None = None, queues: Iterable[str] | str | None = None
+) -> None:
     """Let a worker of ``app`` consume the queues of the models of its model file.
+
+    Args:
+        concurrency: messages in flight, if whoever starts the worker chose.
+        queues: what ``-Q`` narrows its queues to. A large batch of a model that it does not host must not make it
+            hoard the messages of those it does.
 
     Raises:
         ModelFileError: if the file is wrong.
@@ -137,7 +145,8 @@ def configure_worker(app: Celery, settings: Settings, concurrency: int | None = 
     specs = load_model_file(settings.models).specs
     app.conf.task_queues = [Queue(queue_name(name), routing_key=queue_name(name)) for name in specs]
     if not concurrency and not app.conf.worker_concurrency:
-        largest = max(spec.batch.max_items for spec in specs.values())
+        chosen = queues.split(",") if isinstance(queues, str) else list(queues or map(queue_name, specs))
+        largest = max((spec.batch.max_items for name, spec in specs.items() if queue_name(name) in chosen), default=1)
         app.conf.worker_concurrency = max(MIN_IN_FLIGHT, BATCHES_IN_FLIGHT * largest)
 
 
@@ -159,7 +168,7 @@ def _configure_own_worker(instance: Any = None, options: dict[str, Any] | None =
     settings = Settings.from_env()
     try:
         _check_pool(options.get("pool_cls") or options.get("pool"))  # from Python, or from the command line
-        configure_worker(app, settings, options.get("concurrency"))
+        configure_worker(app, settings, concurrency=options.get("concurrency"), queues=options.get("queues"))
     except ConfigError as err:
         sys.stderr.write(f"nograd: the worker does not start: {err.message}\n")
         raise SystemExit(2) from err

@@ -22,6 +22,10 @@ DRAIN_S = 900
 WARM = 0.1
 
 
+class Broken(SystemExit):
+    """What was to be measured did not happen; a script that has nothing else to show ends with the text."""
+
+
 class Worker:
     """A ``celery worker`` process; its log goes to a file."""
 
@@ -38,7 +42,7 @@ class Worker:
         deadline = time.monotonic() + START_S
         while b" ready." not in self.log.read_bytes():
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"the worker does not get ready:\n{self.log.read_text()[-4000:]}")
+                raise Broken(f"the worker does not get ready:\n{self.log.read_text()[-4000:]}")
             time.sleep(0.02)
         return self
 
@@ -101,7 +105,7 @@ def drain(client: redis.Redis, count: int, worker: Worker) -> Drained:
     first = last = (0, 0.0, 0.0)
     while last[0] < count:
         if worker.process.poll() is not None or time.monotonic() > deadline:
-            raise SystemExit(f"{last[0]} of {count} results:\n{worker.log.read_text()[-4000:]}")
+            raise Broken(f"{last[0]} of {count} results:\n{worker.log.read_text()[-4000:]}")
         time.sleep(0.005)
         stored, now = results(client), time.perf_counter()
         if stored != last[0]:
@@ -118,4 +122,4 @@ def assert_all_succeeded(client: redis.Redis, ids: Sequence[str]) -> None:
         stored = client.mget([f"celery-task-meta-{task_id}" for task_id in ids[start : start + 1000]])
         bad = [meta for meta in stored if not meta or b'"status": "SUCCESS"' not in meta or b'"error":' in meta]
         if bad:
-            raise SystemExit(f"{len(bad)} jobs did not succeed; the first: {(bad[0] or b'no result')[:500]!r}")
+            raise Broken(f"{len(bad)} jobs did not succeed; the first: {(bad[0] or b'no result')[:500]!r}")
