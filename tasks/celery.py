@@ -133,6 +133,8 @@ def configure_worker(
     """Let a worker of ``app`` consume the queues of the models of its model file.
 
     Args:
+        app: the app the worker runs.
+        settings: name the model file; without one there is nothing to consume.
         concurrency: messages in flight, if whoever starts the worker chose.
         queues: what ``-Q`` narrows its queues to. A large batch of a model that it does not host must not make it
             hoard the messages of those it does.

@@ -84,7 +84,7 @@ def test_a_worker_that_joins_late_gets_its_part_of_the_bulk_and_an_interactive_j
     parts = Counter(one["pid"] for one in done)
     assert len(parts) == 2
     assert min(parts.values()) > 200
-    # On the worker that took it, it comes right after the batch that was on the device. (The other one goes on meanwhile.)
+    # On the worker that took it, it comes right after the batch that was on the device; the other one goes on.
     before = [one for one in done if one["pid"] == urgent["pid"] and one["at"] < urgent["at"]]
     assert len(before) <= 2 * BATCH
     # The free places of its batch were filled.
