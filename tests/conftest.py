@@ -85,3 +85,17 @@ def start_worker(redis_url, tmp_path_factory):
     for worker in started:
         if worker.alive():
             worker.stop()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system with room for 256 KB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"cannot mount a small file system: {done.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)  # a worker keeps the last plan open

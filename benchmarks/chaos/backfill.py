@@ -28,7 +28,7 @@ sys.path[:0] = [str(TOP / "benchmarks"), str(TOP / "tests" / "fleet")]  # what t
 from common.fleet import Worker  # noqa: E402
 
 import backfills  # noqa: E402
-from crashes import MOMENTS, Moments, Redis, read_folder, write_models  # noqa: E402
+from crashes import MOMENTS, Moments, Redis, read_folder  # noqa: E402
 from nograd.producer import Client  # noqa: E402
 from nograd.tasks.backfill.plan import Job  # noqa: E402
 from nograd.tasks.backfill.verify import verify  # noqa: E402
@@ -44,7 +44,7 @@ class Chaos:
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder = folder
         self.chance = random.Random(seed)
-        self.models = write_models(folder)
+        self.models = backfills.write_models(folder)
         self.moments = Moments(folder)
         self.redis = Redis(folder)
         self.redis.start()

@@ -35,6 +35,8 @@ elseif what == 'release' then  -- 3 chunk   4 owner
     redis.call('ZREM', running, ARGV[3])
     redis.call('HDEL', cursors, ARGV[3])
   end
+elseif what == 'expect' then  -- 3 chunk   4 ms in the queue
+  redis.call('ZADD', queued, now + tonumber(ARGV[4]), ARGV[3])
 elseif what == 'forget' then  -- 3 chunk
   redis.call('ZREM', queued, ARGV[3])
 elseif what == 'count' then

@@ -120,6 +120,10 @@ class Window:
         """End the claim and forget the cursor; nothing if another has the chunk by now."""
         self._call("release", chunk, owner)
 
+    def expect(self, chunk: int) -> None:
+        """The message of a chunk comes back by itself, later: nobody need issue it meanwhile."""
+        self._call("expect", chunk, int(QUEUED_S * 1000))
+
     def forget(self, chunk: int) -> None:
         """The message of a chunk could not be sent: it is missing again."""
         self._call("forget", chunk)
@@ -177,7 +181,7 @@ class Window:
         return None if stored is None else _text(stored)
 
     def count_troubles(self, chunk: int) -> int:
-        """How often a chunk has met trouble that is no row's, with this time."""
+        """How often a chunk has met trouble that is no row's since somebody last resumed, with this time."""
         pipe = self._client.pipeline(transaction=True)
         pipe.hincrby(self._prefix + "troubles", str(chunk), 1)
         pipe.expire(self._prefix + "troubles", KEPT_S)
@@ -203,11 +207,11 @@ class Window:
     @wish.setter
     def wish(self, wish: Wish) -> None:
         self._client.set(self._prefix + "wish", wish, ex=KEPT_S)
-        self._client.delete(self._prefix + "why")
+        self._client.delete(self._prefix + "why", self._prefix + "troubles")
 
     def clear(self) -> None:
         """Remove all hints."""
-        self._client.delete(*self._keys, *(self._prefix + name for name in ("wish", "why", "sums", "out")))
+        self._client.delete(*self._keys, *(self._prefix + name for name in ("wish", "why", "sums", "troubles", "out")))
 
     def _call(self, what: str, *args: str | int) -> Any:
         return self._script(keys=self._keys, args=[what, KEPT_S, *args])

@@ -1,11 +1,19 @@
-"""Backfills on real workers without the client: plan, drive, compare. For tests and for the chaos runs."""
+"""Backfills on real workers: their models, the command line, and what plans, drives and compares without a client.
+
+For tests and for the chaos runs.
+"""
 
 from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -24,12 +32,88 @@ from nograd.tasks.backfill.task import Calibration, Sample, hints_of, send_chunk
 from nograd.tasks.backfill.verify import verify
 from nograd.tasks.backfill.window import Window
 
+#: the command
+NOGRAD = Path(sys.executable).with_name("nograd")
+#: of `backfill_models`
+MODELS = """
+[linear]
+loader = "module"
+class = "backfill_models:Linear"
+weights = "linear.pth"
+input = "rows"
+shape = [4]
+batch = { max_items = 32 }
+
+[area]
+loader = "python"
+class = "backfill_models:Area"
+input = "image"
+batch = { max_items = 8 }
+
+[scored]
+loader = "python"
+class = "backfill_models:Scored"
+input = "text"
+batch = { max_items = 8 }
+
+[slow]
+loader = "python"
+class = "backfill_models:Slow"
+input = "text"
+batch = { max_items = 8 }
+
+[rude]
+loader = "python"
+class = "backfill_models:Rude"
+input = "text"
+batch = { max_items = 8 }
+hard_timeout_s = 2
+"""
+
+
+def write_models(folder: Path) -> Path:
+    """The models of a run; their model file."""
+    shutil.copy(Path(__file__).with_name("backfill_models.py"), folder)
+    (folder / "models.toml").write_text(MODELS)
+    write_weights(folder, [1.0, 2.0, 3.0, 4.0])
+    return folder / "models.toml"
+
+
+def write_weights(folder: Path, weights: Sequence[float]) -> None:
+    """Those of ``linear``: its prediction is the sum of four numbers, so weighted."""
+    import torch  # the chaos runs' driver and most tests do without
+
+    torch.save({"layer.weight": torch.tensor([weights]), "layer.bias": torch.zeros(1)}, folder / "linear.pth")
+
+
+def score(text: str) -> dict[str, Any]:
+    """What ``scored``, ``slow`` and ``rude`` make of a text they like."""
+    return {"length": len(text), "score": len(text) / 7}
+
+
+def nograd(url: str, *words: object) -> tuple[int, dict[str, Any]]:
+    """Run ``nograd backfill … --json``; its exit code, and the last document it prints."""
+    command = [NOGRAD, "backfill", *map(str, words), "--json"]
+    env = {**os.environ, "NOGRAD_REDIS_URL": url}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout.splitlines()[-1])
+
+
+def until(condition: Callable[[], Any], what: str, seconds: float = 60) -> Any:
+    """Wait for something to be the case; what it is then."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, f"{what} did not happen"
+        time.sleep(0.05)
+    return value
+
 
 class Paused(Exception):  # noqa: N818 - what a test expects is no error
     """A worker has paused the backfill."""
 
 
-def calibrated(client: Any, model: str, found: Survey, rows: int = 64) -> Calibration:
+def calibrated(client: Any, model: str, found: Survey, rows: int) -> Calibration:
     """What a worker finds out over some rows."""
     extents = [*head(found, rows), *head(found, rows, found.rows // 2)]
     of_images = found.spec.kind == "images"
@@ -40,10 +124,12 @@ def calibrated(client: Any, model: str, found: Survey, rows: int = 64) -> Calibr
     return msgspec.convert(told, Calibration)
 
 
-def planned(client: Any, model: str, source: Any, out: Any, rows_per_chunk: int, **options: Any) -> Job:
-    """A backfill, planned with the help of a worker; ``options`` are those of the survey."""
+def planned(
+    client: Any, model: str, source: Any, out: Any, rows_per_chunk: int, *, sampled: int = 64, **options: Any
+) -> Job:
+    """A backfill, planned with the help of a worker over some rows; ``options`` are those of the survey."""
     found = survey(source, **options)
-    calibration = calibrated(client, model, found)
+    calibration = calibrated(client, model, found, sampled)
     made = draft(
         found,
         rows_per_chunk=rows_per_chunk,

@@ -1,6 +1,6 @@
 """Workers that wait at a moment of a chunk for somebody to do them harm: a model and a system call, both real.
 
-::
+The moments are in `backfill_models`; this is the side that arms them::
 
     prepare · forward · finish · before the record · after the record · before the ack
     └─── the model's own code ───┘  └── os.link of the commit record ──┘  └ the listing of what is missing ┘
@@ -14,134 +14,12 @@ import time
 from pathlib import Path
 
 import redis
-import torch
 
 from nograd.producer.embedded import find_server, free_port
 from nograd.tasks.backfill import layout
 from nograd.tasks.backfill import plan as plans
 from nograd.tasks.backfill.plan import Job
 from nograd.tasks.backfill.store import open_store
-
-#: the module of the models; it stands beside the model file, and so do the files that arm a moment
-SOURCE = '''
-import os
-import threading
-import time
-from pathlib import Path
-
-import torch
-
-HERE = Path(__file__).parent
-
-
-def moment(name, detail=""):
-    """Wait here if somebody has armed this moment; only the first one who comes by does."""
-    try:
-        os.rename(HERE / f"armed {name}", HERE / "taken")
-    except FileNotFoundError:
-        return
-    (HERE / "new").write_text(f"{os.getpid()} {detail}")
-    os.rename(HERE / "new", HERE / "held")
-    while (HERE / "held").exists():
-        time.sleep(0.01)
-    (HERE / "left").touch()
-
-
-def watch(call, name, before, after):
-    def watched(*args, **kwargs):
-        at = str(args[-1])
-        mine = threading.current_thread().name.startswith("nograd-chunk") and name(at)
-        if mine and before:
-            moment(before, Path(at).stem)
-        done = call(*args, **kwargs)
-        if mine and after:
-            moment(after, Path(at).stem)
-        return done
-
-    return watched
-
-
-class Scored:
-    """Scores a text by its length; does not like some."""
-
-    def load(self, device):
-        if not hasattr(os, "unwatched"):
-            os.unwatched = os.link, os.listdir
-            os.link = watch(os.link, lambda at: "/_commits/" in at, "before the record", "after the record")
-            os.listdir = watch(os.listdir, lambda at: at.endswith("/_commits"), "", "before the ack")
-
-    def prepare(self, value):
-        moment("prepare")
-        return value
-
-    def forward(self, batch):
-        moment("forward")
-        if "raise" in batch:
-            raise ValueError("I do not like it")
-        return [{"length": len(text), "score": len(text) / 7} for text in batch]
-
-    def finish(self, output):
-        moment("finish")
-        return output
-
-
-class Linear(torch.nn.Module):
-    """A model whose weights somebody changes."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(2, 1)
-
-    def forward(self, x):
-        return self.layer(x)
-
-
-class Rude(Scored):
-    """Takes its worker along, or never comes back."""
-
-    def forward(self, batch):
-        if "exit" in batch:
-            os._exit(3)
-        if "hang" in batch:
-            time.sleep(1000)
-        return super().forward(batch)
-'''
-
-MODELS = """
-[scored]
-loader = "python"
-class = "crash_models:Scored"
-input = "text"
-batch = { max_items = 8 }
-
-[rude]
-loader = "python"
-class = "crash_models:Rude"
-input = "text"
-batch = { max_items = 8 }
-hard_timeout_s = 3
-
-[linear]
-loader = "module"
-class = "crash_models:Linear"
-weights = "linear.pth"
-input = "rows"
-shape = [2]
-batch = { max_items = 16 }
-"""
-
-
-def write_models(folder: Path) -> Path:
-    """The models of a run; their model file."""
-    (folder / "crash_models.py").write_text(SOURCE)
-    (folder / "models.toml").write_text(MODELS)
-    write_weights(folder, 1.0)
-    return folder / "models.toml"
-
-
-def write_weights(folder: Path, value: float) -> None:
-    """Those of ``linear``: all the same."""
-    torch.save({"layer.weight": torch.full((1, 2), value), "layer.bias": torch.zeros(1)}, folder / "linear.pth")
 
 
 class Redis:

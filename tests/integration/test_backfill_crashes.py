@@ -10,24 +10,22 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import backfills
-from crashes import MOMENTS, Moments, Redis, read_folder, write_models, write_weights
+from crashes import MOMENTS, Moments, Redis, read_folder
 from nograd.producer import Client
 from nograd.tasks.backfill import plan as plans
 from nograd.tasks.backfill.commit import find_record
 from nograd.tasks.backfill.draft import draft
 from nograd.tasks.backfill.fingerprint import check
-from nograd.tasks.backfill.plan import ModelIdentity
 from nograd.tasks.backfill.sources import survey
 from nograd.tasks.backfill.store import open_store
 from nograd.tasks.backfill.verify import verify
-from nograd.tasks.errors import PlanChanged, SourceError
+from nograd.tasks.errors import PlanChanged
 
 #: seconds a worker may be silent
 LEASE_S = 3
@@ -38,7 +36,7 @@ ROWS, CHUNK, BATCH = 187, 36, 8
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("crashes")
-    write_models(folder)
+    backfills.write_models(folder)
     texts = ["raise" if n % 50 == 7 else "x" * (n % 23) for n in range(ROWS)]
     pq.write_table(pa.table({"n": range(ROWS), "text": texts}), folder / "in.parquet")
     return folder
@@ -143,6 +141,14 @@ def test_a_worker_killed_at_any_moment_changes_no_byte(client, fleet, job, undis
     check_same(job, undisturbed)
 
 
+def let_lose(moments, job, winner):
+    """The worker that is held goes on, with a chunk that another has committed."""
+    moments.release()
+    moments.wait_left()
+    backfills.until(lambda: not job.store.names("_staging"), "the removal of what lost")
+    assert find_record(job.store, job.plan, winner.chunk) == winner
+
+
 def test_a_worker_frozen_for_longer_than_its_lease_loses_its_late_commit(client, fleet, job, undisturbed, moments):
     fleet.both()
     moments.arm("before the record")
@@ -156,10 +162,7 @@ def test_a_worker_frozen_for_longer_than_its_lease_loses_its_late_commit(client,
         assert winner.worker != frozen.name
     finally:
         frozen.process.send_signal(signal.SIGCONT)
-    moments.release()
-    moments.wait_left()
-    wait_for(lambda: not job.store.names("_staging"), "what lost is removed")
-    assert find_record(job.store, job.plan, chunk) == winner
+    let_lose(moments, job, winner)
     check_same(job, undisturbed)
     assert frozen.alive()
 
@@ -172,10 +175,7 @@ def test_two_workers_on_one_chunk_commit_it_once(client, fleet, job, undisturbed
     # Nobody remembers that it is being run; again and again, for the worker that is held renews its claim.
     backfills.drive(client, job, until=window.clear)
     winner = find_record(job.store, job.plan, chunk)
-    moments.release()
-    moments.wait_left()
-    wait_for(lambda: not job.store.names("_staging"), "what lost is removed")
-    assert find_record(job.store, job.plan, chunk) == winner
+    let_lose(moments, job, winner)
     assert first.alive()
     check_same(job, undisturbed)
 
@@ -209,7 +209,7 @@ def test_a_worker_told_to_stop_gives_its_chunk_up_and_another_runs_it(client, fl
     backfills.drive(client, job, until=moments.reached)
     leaving = fleet.of(moments.pid())
     leaving.process.terminate()
-    wait_for(lambda: "Warm shutdown" in leaving.text(), "it has heard")
+    backfills.until(lambda: "Warm shutdown" in leaving.text(), "its warm shutdown")
     moments.release()
     backfills.drive(client, job)
     assert leaving.process.wait(60) == 0
@@ -227,7 +227,7 @@ def test_other_numbers_of_workers_make_the_same_manifest(client, fleet, job, und
 
 @pytest.fixture
 def numbers(tmp_path):
-    pq.write_table(pa.table({"a": range(200), "b": range(200)}), tmp_path / "numbers.parquet")
+    pq.write_table(pa.table({name: range(200) for name in "abcd"}), tmp_path / "numbers.parquet")
     return tmp_path / "numbers.parquet"
 
 
@@ -237,7 +237,7 @@ def test_changed_weights_are_refused_by_name_until_they_are_put_back(client, fle
     window = backfills.drive(client, job, until=lambda: job.store.names("_commits"))
     window.wish = "pause"
     before = set(job.store.names("_commits"))
-    write_weights(folder, 2.0)
+    backfills.write_weights(folder, [4.0, 3.0, 2.0, 1.0])
     try:
         reload(client, "linear")
         window.wish = "run"
@@ -245,11 +245,11 @@ def test_changed_weights_are_refused_by_name_until_they_are_put_back(client, fle
             backfills.drive(client, job)
         assert len(job.store.names("_commits")) <= len(before) + 4  # those that were being run
     finally:
-        write_weights(folder, 1.0)
+        backfills.write_weights(folder, [1.0, 2.0, 3.0, 4.0])
         reload(client, "linear")
     window.wish = "run"
     table = backfills.run(client, job)
-    assert table["prediction"].to_pylist() == [2.0 * n for n in range(200)]
+    assert table["prediction"].to_pylist() == [10.0 * n for n in range(200)]
 
 
 def reload(client, model):
@@ -260,7 +260,7 @@ def reload(client, model):
         pools = client.broker.workers(1, list(told)).values()
         return len(pools) == len(told) and all(each["hosting"][model]["status"] == "ready" for each in pools)
 
-    wait_for(ready, "the model is loaded again")
+    backfills.until(ready, "the loading")
 
 
 def test_a_changed_input_is_refused_by_name_until_it_is_put_back(client, fleet, numbers, tmp_path):
@@ -275,7 +275,7 @@ def test_a_changed_input_is_refused_by_name_until_it_is_put_back(client, fleet, 
     os.utime(numbers, ns=(told.st_atime_ns, told.st_mtime_ns))
     check(job)
     backfills.window_of(client, job).wish = "run"
-    assert backfills.run(client, job)["prediction"].to_pylist() == [2.0 * n for n in range(200)]
+    assert backfills.run(client, job)["prediction"].to_pylist() == [10.0 * n for n in range(200)]
 
 
 def test_no_rows_are_an_empty_part_with_its_schema(client, fleet, undisturbed, tmp_path):
@@ -292,15 +292,18 @@ def test_no_rows_are_an_empty_part_with_its_schema(client, fleet, undisturbed, t
     assert table.schema.field("prediction").type == kind
 
 
-def test_ids_that_occur_twice_are_refused_before_anything_is_run(tmp_path):
-    pq.write_table(pa.table({"n": [1, 2, 1], "text": ["a", "b", "c"]}), tmp_path / "in.parquet")
-    found = survey(tmp_path / "in.parquet", id="n")
-    with pytest.raises(SourceError, match="column 'n' names 1 rows by an id another row before them has"):
-        draft(found, rows_per_chunk=CHUNK, batch_rows=BATCH, model=ModelIdentity(name="scored"), prediction=pa.int64())
-
-
-def wait_for(condition, what, seconds=30):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, what
-        time.sleep(0.05)
+def test_rows_that_kill_or_hang_their_worker_are_found_and_cost_no_other_row(client, fleet, tmp_path):
+    """Each takes three workers along: twice with its neighbours, once alone."""
+    texts = {20: "exit", 70: "hang"}
+    pq.write_table(
+        pa.table({"n": range(96), "text": [texts.get(n, "y" * (n % 19)) for n in range(96)]}), tmp_path / "in.parquet"
+    )
+    job = backfills.planned(client, "rude", tmp_path / "in.parquet", tmp_path / "out", 48, id="n", sampled=8)
+    backfills.drive(client, job, 150, until=fleet.replace)
+    table = backfills.run(client, job)
+    assert table["n"].to_pylist() == [n for n in range(96) if n not in texts]
+    assert table["prediction"].to_pylist() == [backfills.score("y" * (n % 19)) for n in range(96) if n not in texts]
+    assert [(each["id"], each["stage"], each["type"]) for each in backfills.errors(job)] == [
+        (20, "crash", "worker_died"),
+        (70, "crash", "worker_died"),
+    ]

@@ -1,21 +1,15 @@
 """Rows that fail until something is mended, run again by real workers: whole in the end, each row once."""
 
 import json
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
+from backfills import nograd, until
 from nograd.producer import Client
 from nograd.tasks.errors import BackfillError, ConfigError, NotFinished, PlanChanged
-
-NOGRAD = Path(sys.executable).with_name("nograd")
 
 MODELS = """
 [length]
@@ -108,29 +102,8 @@ def write(path):
     return path
 
 
-def nograd(url, *words):
-    done = subprocess.run(
-        [NOGRAD, "backfill", *map(str, words), "--json"],
-        env={**os.environ, "NOGRAD_REDIS_URL": url},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    return done.returncode, json.loads(done.stdout.splitlines()[-1])
-
-
 def run(url, source, out):
     return nograd(url, "run", "length", source, out, "--id", "key", "--columns", "text", "--chunk-rows", 40)
-
-
-def until(condition, what, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        if time.monotonic() > deadline:
-            pytest.fail(f"{what} did not happen")
-        time.sleep(0.05)
-    return value
 
 
 def predictions(out):

@@ -149,6 +149,8 @@ class ChunkRunner:
         tries = window.count_troubles(call.chunk)
         if tries <= RETRIES and (not known or isinstance(err, SourceError | OutputError)):
             logger.warning("chunk %d of %s is tried again: %s", call.chunk, call.out, err, exc_info=not known)
+            with hint():
+                window.expect(call.chunk)  # else whoever looks next would send it at once
             raise task.again(2.0**tries) from err
         return self._stop(
             window, call, err if isinstance(err, BackfillError) else BackfillError(f"{type(err).__name__}: {err}")

@@ -245,8 +245,10 @@ def choose_columns(
     """Id, columns of the model and columns of the output, checked against what there is.
 
     Raises:
-        SourceError: for a column that is not there, or named twice.
+        SourceError: for a column that is not there, or named twice; if there are none at all.
     """
+    if not available:
+        raise SourceError(f"{', '.join(request.urls)}: there are no rows to score: no file has a column")
     key = request.id or own_id
     columns = [name for name in available if name != key] if request.columns is None else request.columns
     for name in [*([key] if request.id else []), *columns, *request.join]:

@@ -12,7 +12,8 @@ import pytest
 from nograd.tasks.backfill.commit import committed_chunks, find_record, records, settle_all, settled, sweep
 from nograd.tasks.backfill.store import open_store
 from nograd.tasks.errors import BackfillError, OutputError, OutputFull
-from racing import LINKS, RENAMEAT2, commit_as, exit_of, forked, kill_at, part_of, plan_of, refuse
+from racing import commit_as, exit_of, forked, kill_at, part_of, plan_of
+from refusals import LINKS, RENAMEAT2, refuse
 
 PLAN = plan_of()
 
@@ -179,19 +180,6 @@ def test_a_folder_that_can_neither_link_nor_rename_is_refused_by_name(store):
         assert list(files(store)) == []
 
     assert exit_of(forked(work)) == 0
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    folder = tmp_path / "small"
-    folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], capture_output=True, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"cannot mount a small file system: {done.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
 
 
 def test_on_a_full_disk_nothing_is_committed_and_after_making_room_everything_is(small_disk):

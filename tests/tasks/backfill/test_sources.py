@@ -245,6 +245,8 @@ def write(tmp_path, name, data):
         ({"no-such/x.csv": b"a,b\n1,2\n"}, {"columns": ["c"]}, "has no column 'c'"),
         ({"no-such/x.csv": b"a,a\n1,2\n"}, {}, "two columns are named 'a'"),
         ({"no-such/x.csv": b"a,b\n1,2\n"}, {"columns": ["a", "a"]}, "column 'a' is named twice"),
+        ({"no-such/x.csv": b"", "no-such/y.csv": b""}, {}, "no-such: there are no rows to score: no file has a column"),
+        ({"no-such/x.jsonl": b""}, {"columns": ["a"]}, "no-such: there are no rows to score: no file has a column"),
         ({"no-such/x.csv": b"a\n1\n"}, {"id": "a"}, "no column for the model besides the id 'a'"),
         ({"no-such/x.csv": b"prediction,b\n1,2\n"}, {"id": "prediction"}, "would collide with the predictions"),
         ({"no-such/x.csv.gz": b"a\n"}, {}, "x.csv.gz is compressed"),

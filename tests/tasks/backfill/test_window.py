@@ -120,6 +120,24 @@ def test_a_message_that_was_not_sent_is_missing_again(window):
     assert window.top_up([3], most=5) == [3]
 
 
+def test_a_chunk_whose_message_comes_back_by_itself_is_not_issued_meanwhile(window):
+    assert window.top_up([3], most=5) == [3]
+    window.claim(3, "a")
+    window.release(3, "a")
+    window.expect(3)
+    assert window.top_up([3], most=5) == []
+    assert window.claim(3, "b")
+    assert window.traffic() == Traffic(queued=0, running=1)
+
+
+def test_troubles_are_counted_anew_after_a_resume(window):
+    assert [window.count_troubles(3), window.count_troubles(3), window.count_troubles(4)] == [1, 2, 1]
+    window.stop("no room")
+    assert window.count_troubles(3) == 3
+    window.wish = "run"
+    assert window.count_troubles(3) == 1
+
+
 def test_wishes(window):
     assert window.wish is None
     window.wish = "pause"
@@ -141,9 +159,10 @@ def test_every_key_ends(window, client):
     window.note(0, Cursor(first=0, count=1))
     window.stop("no room")
     window.count_failures(1, 10)
+    window.count_troubles(0)
     window.traffic()
     keys = client.keys("nograd:backfill:*")
-    assert len(keys) == 7
+    assert len(keys) == 8
     assert all(client.ttl(key) > 0 for key in keys)
     window.clear()
     assert client.keys("nograd:backfill:*") == []
