@@ -16,7 +16,7 @@ import msgspec
 
 from nograd.tasks.backfill import draft as drafts
 from nograd.tasks.backfill import sources
-from nograd.tasks.backfill.plan import Draft, Extent, OutputFormat, Plan, Selection, SourceKind
+from nograd.tasks.backfill.plan import Draft, Extent, OutputFormat, Plan, Selection, SourceKind, check_apart
 from nograd.tasks.backfill.sources import Survey
 from nograd.tasks.backfill.task import Calibration, Sample, send_sample
 from nograd.tasks.errors import BackfillError, BrokerUnavailable, ResultTimeout, SourceError
@@ -162,7 +162,8 @@ def prepare(client: Client, request: Request, out: str | None, timeout_s: float 
     """
     client.card(request.model)  # known, before everything is read
     survey = request.survey()
-    check_apart(out, survey.spec.urls)
+    if out is not None:
+        check_apart(out, survey.spec.urls)
     measured = measure(client, sample_of(request, survey), timeout_s)
     if measured.prediction is None:
         raise BackfillError(
@@ -279,19 +280,6 @@ def selected_rows(survey: Survey, selection: Selection) -> int:
 def serving(client: Client, model: str) -> int:
     """How many workers that answer serve a model."""
     return sum(model in pool.get("models", ()) for pool in client.broker.workers().values())
-
-
-def check_apart(out: str | None, urls: list[str]) -> None:
-    """Refuse an output folder within the inputs, or around them: its files would be inputs of the next run.
-
-    Raises:
-        BackfillError: naming both.
-    """
-    if out is None:
-        return
-    own = f"{out.rstrip('/')}/"
-    if any(own.startswith(f"{url.rstrip('/')}/") or url.startswith(own) for url in urls):
-        raise BackfillError(f"the output {out} and the inputs {', '.join(urls)} lie within one another; choose others")
 
 
 def _silence(client: Client, model: str, timeout_s: float) -> str:

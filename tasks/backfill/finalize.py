@@ -54,7 +54,6 @@ def finalize(job: Job) -> Manifest:
         OutputError: if a committed file is gone.
     """
     store, plan = job.store, job.plan
-    commit.settle_all(store, plan)
     records = list(commit.records(store, plan))
     if len(records) < plan.chunks:
         raise NotFinished(

@@ -20,7 +20,7 @@ from nograd.tasks.errors import BackfillError
 
 from .commit import Part
 from .plan import Plan
-from .rows import RowFailure, Slice, fits
+from .rows import MISFIT, RowFailure, Slice, fits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 else:
     from .extra import np, pa, pq
-
-#: what Arrow raises for a value that does not fit a type
-_MISFIT = (TypeError, ValueError, OverflowError, NotImplementedError)
 
 
 def infer_type(predictions: Sequence[Any] | pa.Array | np.ndarray[Any, Any]) -> pa.DataType:
@@ -45,7 +42,7 @@ def infer_type(predictions: Sequence[Any] | pa.Array | np.ndarray[Any, Any]) -> 
     """
     try:
         kind = as_array(predictions).type
-    except _MISFIT as err:
+    except MISFIT as err:
         raise BackfillError(f"the predictions have no type in common: {err}") from err
     return pa.string() if pa.types.is_null(kind) else _without_null(kind)
 
@@ -158,7 +155,7 @@ class PartWriter:
             data = self._groups.finish()
         else:
             table = pa.Table.from_batches(self._batches, self._schema)
-            data = self._openai(table) if self._plan.output.format == "openai" else _jsonl(table)
+            data = self._openai(table) if self._plan.output.format == "openai" else _lines(table.to_pylist())
         failed = self._openai_errors() if self._plan.output.format == "openai" else _lines(self._failures)
         return Part(data=data, errors=failed, rows_ok=self._rows_ok, rows_err=len(self._failures))
 
@@ -172,7 +169,7 @@ class PartWriter:
                 predictions = own.to_pylist()
             elif all(fits(value, self._kind) for value in predictions):
                 return pa.array(predictions, self._kind), {}
-        except _MISFIT:
+        except MISFIT:
             predictions = predictions.tolist() if hasattr(predictions, "tolist") else list(predictions)
         fitting, misfits = [], {}
         for index, value in enumerate(predictions):
@@ -180,7 +177,7 @@ class PartWriter:
                 if not fits(value, self._kind):
                     raise TypeError
                 fitting.append(pa.array([value], self._kind))
-            except _MISFIT:
+            except MISFIT:
                 misfits[index] = f"the prediction {_shown(value)} is no {self._kind}"
         return (pa.concat_arrays(fitting) if fitting else pa.array([], self._kind)), misfits
 
@@ -285,10 +282,6 @@ def _lossless(own: pa.DataType, declared: pa.DataType) -> bool:
     if pa.types.is_integer(own):  # a safe cast: what does not fit raises
         return bool(pa.types.is_integer(declared) or pa.types.is_floating(declared))
     return bool(pa.types.is_floating(own) and pa.types.is_floating(declared) and own.bit_width <= declared.bit_width)
-
-
-def _jsonl(table: pa.Table) -> bytes:
-    return _lines(table.to_pylist())
 
 
 def _lines(rows: Sequence[Any]) -> bytes:

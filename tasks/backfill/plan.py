@@ -390,7 +390,7 @@ def save(store: Store, draft: Draft) -> Job:
     """
     planned = find(store)
     if planned is None:
-        _check_apart(store.url, draft.plan.source.urls)
+        check_apart(store.url, draft.plan.source.urls)
         store.probe()
         for kind, table, sha in (
             ("inputs", draft.inputs, draft.plan.inputs.sha256),
@@ -407,8 +407,14 @@ def save(store: Store, draft: Draft) -> Job:
     return planned
 
 
-def _check_apart(out: str, inputs: Sequence[str]) -> None:
-    """Refuse an output whose files would be inputs of the next listing."""
+def check_apart(out: str, inputs: Sequence[str]) -> None:
+    """Refuse an output whose files would be inputs of the next listing.
+
+    Inputs elsewhere below the output are no harm: what is written stands in folders of its own.
+
+    Raises:
+        OutputError: naming both.
+    """
     for url in inputs:
         folder = f"{url.rstrip('/')}/"
         if f"{out}/".startswith(folder) or folder.startswith((f"{out}/{layout.PARTS}/", f"{out}/{layout.ERRORS}/")):

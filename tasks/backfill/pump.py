@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import commit, state
+from . import commit, layout, state
 from .finalize import finalize
 from .plan import Job
 from .window import Window
@@ -46,7 +46,7 @@ def pump(job: Job, window: Window, send: Callable[[int], None]) -> Pumped:
     done = set(commit.committed_chunks(job.store))
     missing = [chunk for chunk in range(job.plan.chunks) if chunk not in done]
     if not missing:
-        if job.store.size("_SUCCESS") is None:
+        if job.store.size(layout.SUCCESS) is None:
             finalize(job)
         return Pumped(0, 0)
     if window.wish in ("pause", "cancel") or state.read(job.store).wish != "run":

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 else:
     from .extra import np, pa
 
+#: what Arrow raises for a value that does not fit a type
+MISFIT = (TypeError, ValueError, OverflowError, NotImplementedError)
+
 #: where a row failed: its record could not be read; the model's ``prepare``, ``forward`` or ``finish`` raised;
 #: the prediction does not fit the declared type; the worker died over it
 Stage = Literal["read", "prepare", "predict", "output", "crash"]

@@ -20,6 +20,7 @@ from nograd.tasks.errors import (
     BackfillError,
     BudgetExceeded,
     ConfigError,
+    OutputError,
     PlanChanged,
     SourceError,
     UnknownModel,
@@ -209,7 +210,7 @@ def test_changed_inputs_and_changed_weights_are_refused(empty, csv, tmp_path):
 
 
 def test_an_output_within_the_inputs_an_unknown_model_and_an_empty_source_are_refused(backfills, csv, tmp_path):
-    with pytest.raises(BackfillError, match="lie within one another"):
+    with pytest.raises(OutputError, match="is among the inputs"):
         backfills.client.backfill("doubler", csv.parent, csv.parent / "out").start()
     with pytest.raises(UnknownModel, match="Did you mean 'doubler'"):
         backfills.client.backfill("dubler", csv, tmp_path / "out").start()

@@ -309,6 +309,7 @@ class _Objects:
         self._order: deque[_Pending] = deque()
         self._ahead: deque[_Pending] = deque()
         self._groups: dict[Hashable, _Group] = {}
+        self._grouped = 0  # rows in them
         self._blocks: deque[tuple[Block, list[_Row]]] = deque()
         self._again: list[_Row] = []
         self._tries = 0
@@ -323,7 +324,7 @@ class _Objects:
         while self._ahead:
             self._batch(self._ahead.popleft())
         for bucket in list(self._groups):
-            self._send(self._groups.pop(bucket).rows)
+            self._send_group(bucket)
         self._settle(0)
         self._try_again()
         yield from self._finished()
@@ -368,14 +369,15 @@ class _Objects:
                 prepared, bucket, cost = found
                 group = self._groups.setdefault(bucket, _Group())
                 if self._max_cost and group.rows and group.cost_with(cost) > self._max_cost:
-                    self._send(self._groups.pop(bucket).rows)
+                    self._send_group(bucket)
                     group = self._groups[bucket] = _Group()
                 group.rows.append(_Row(pending, index, prepared))
                 group.dearest = max(group.dearest, cost)
+                self._grouped += 1
                 if len(group.rows) >= self._batch_rows:
-                    self._send(self._groups.pop(bucket).rows)
-                while sum(len(each.rows) for each in self._groups.values()) > GROUPED * self._batch_rows:
-                    self._send(self._groups.pop(next(iter(self._groups))).rows)  # the oldest, whatever it has
+                    self._send_group(bucket)
+                while self._grouped > GROUPED * self._batch_rows:
+                    self._send_group(next(iter(self._groups)))  # the oldest, whatever it has
         pending.prepared.clear()
 
     def _result(self, future: Future[list[tuple[int, Any]]]) -> list[tuple[int, Any]]:
@@ -384,6 +386,11 @@ class _Objects:
                 return future.result(0.25)
             except TimeoutError:
                 self._device.check()
+
+    def _send_group(self, bucket: Hashable) -> None:
+        rows = self._groups.pop(bucket).rows
+        self._grouped -= len(rows)
+        self._send(rows)
 
     def _send(self, rows: list[_Row]) -> None:
         block = self._device.block([row.prepared for row in rows])

@@ -6,7 +6,7 @@ What stands in a slice is where each file is, never its bytes: a thousand photog
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from nograd.tasks.backfill.plan import Extent, InputFile, SourceSpec, TableSchema
@@ -92,8 +92,3 @@ def read_image(url: str, size: int) -> bytes:
     if not data:
         raise InvalidInput("the file is empty")
     return data
-
-
-def is_image(names: Iterable[str]) -> bool:
-    """Whether all these names end like images."""
-    return all(name.lower().endswith(SUFFIXES) for name in names)

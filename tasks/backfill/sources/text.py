@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from nograd.tasks.backfill.plan import Extent, InputFile, SourceSpec
-from nograd.tasks.backfill.rows import fits
+from nograd.tasks.backfill.rows import MISFIT, fits
 from nograd.tasks.errors import SourceError
 
 from .base import INDEX_ROWS, Files, Piece, Reader, open_file, own_columns
@@ -23,8 +23,6 @@ else:
 
 #: endings of files that cannot be read from the middle
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".lz4", ".br")
-#: what Arrow raises for a value that does not fit a type
-_MISFIT = (TypeError, ValueError, OverflowError, NotImplementedError)
 _MARK = b"\xef\xbb\xbf"  # how some programs begin a UTF-8 file
 
 
@@ -116,11 +114,11 @@ def _column(values: list[object], kind: pa.DataType) -> tuple[pa.Array, list[int
     """Values in a type, and where they do not fit it: by a look at each, and one by one only if that is not enough."""
     try:
         return pa.array(values, kind), []
-    except _MISFIT:
+    except MISFIT:
         misfits = {index for index, value in enumerate(values) if not fits(value, kind)}
     try:
         return pa.array([None if index in misfits else value for index, value in enumerate(values)], kind), [*misfits]
-    except _MISFIT:
+    except MISFIT:
         misfits = {index for index, value in enumerate(values) if not _is_a(value, kind)}
         return pa.array([None if index in misfits else value for index, value in enumerate(values)], kind), [*misfits]
 
@@ -128,7 +126,7 @@ def _column(values: list[object], kind: pa.DataType) -> tuple[pa.Array, list[int
 def _is_a(value: object, kind: pa.DataType) -> bool:
     try:
         pa.array([value], kind)
-    except _MISFIT:
+    except MISFIT:
         return False
     return True
 
