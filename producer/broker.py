@@ -14,7 +14,7 @@ from kombu.exceptions import BatchPublishError, OperationalError
 
 from nograd.tasks import cancelled, registry
 from nograd.tasks.errors import BrokerUnavailable, InvalidInput, JobError
-from nograd.tasks.keys import INTERACTIVE, PREDICT_TASK, queue_name
+from nograd.tasks.keys import INTERACTIVE, PREDICT_TASK, PRIORITY_SUFFIXES, queue_name
 from nograd.tasks.payloads import describe
 from nograd.tasks.predict import TimeoutS
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from celery import Celery
 
-#: kombu keeps one list per priority step; 0, the highest, has the queue's plain name
-PRIORITY_SUFFIXES = ("", "\x06\x163", "\x06\x166", "\x06\x169")
 #: Redis commands in one pipeline of `Broker.publish_many`; two per job, its message and its sent event
 PIPELINE_COMMANDS = 1000
 #: bytes of input in one pipeline, about; larger ones would only occupy memory here and in Redis' buffers

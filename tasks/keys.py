@@ -52,6 +52,10 @@ CHUNKS: Final = 9
 BULK_FROM: Final = 5
 
 
+#: kombu keeps one list per priority step; 0, the highest, has the queue's plain name
+PRIORITY_SUFFIXES: Final = ("", "\x06\x163", "\x06\x166", "\x06\x169")
+
+
 def queue_name(model: str) -> str:
     """The Celery queue of a model."""
     return f"nograd.{model}"

@@ -32,7 +32,7 @@ from nograd.tasks.backfill.store import open_store
 from nograd.tasks.backfill.store_retry import RetryStore
 from nograd.tasks.backfill.task import hints_of, send_chunk
 from nograd.tasks.backfill.verify import Report, verify_all
-from nograd.tasks.backfill.window import Wish
+from nograd.tasks.backfill.window import SENDING_S, Wish
 from nograd.tasks.errors import (
     BackfillCancelled,
     BackfillError,
@@ -130,6 +130,8 @@ class Backfill:
             fingerprint.check(planned, model=prepared.draft.plan.model)
         elif save:
             plans.save(self._store, prepared.draft)
+            with self._client.broker.errors():
+                self._stages.last().window.clear()  # a folder that was deleted may have left some
         return prepared.estimate
 
     # -- making it run -----------------------------------------------------------------------------------------------
@@ -358,8 +360,7 @@ class Backfill:
         self._set(stage.job.store, wish="run", why=None)
         with self._client.broker.errors():
             stage.window.wish = "run"
-            stage.window.forget_queued()
-        self._pump(stage)
+        self._pump(stage, sending_s=0)  # nobody may come to look again
 
     def _want(self, wish: Wish) -> None:
         stage = self._stages.last()
@@ -367,11 +368,11 @@ class Backfill:
         with self._client.broker.errors():
             stage.window.wish = wish
 
-    def _pump(self, stage: Stage) -> Pumped:
-        job, budget = stage.job, state.read(stage.job.store).error_budget  # a retry has none
+    def _pump(self, stage: Stage, sending_s: float = SENDING_S) -> Pumped:
+        job = stage.job
         with self._client.broker.errors():
             stage.window.out = self.out
-            return pump(job, stage.window, lambda chunk: send_chunk(self._client.app, job, chunk, budget))
+            return pump(job, stage.window, lambda chunk: send_chunk(self._client.app, job, chunk), sending_s)
 
     def _turn(self) -> Status:
         """Keep it going, and look."""

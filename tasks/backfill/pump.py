@@ -1,7 +1,8 @@
 """Keeping enough chunks on their way: anybody may do it, at any time, as often as they like.
 
-Law: what is sent follows from the commit records and the hints in Redis alone. A chunk whose message, worker or hint
-was lost is missing, and is sent again by whoever looks next. Nothing is sent while the backfill is paused or cancelled.
+Law: what is sent follows from the commit records, the hints in Redis and the messages that are there alone. A chunk
+whose message, worker or hint was lost is missing, and is sent again by whoever looks next; a worker that cannot tell
+whether anybody will keeps its message and looks again. Nothing is sent while the backfill is paused or cancelled.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from . import commit, layout, state
 from .finalize import finalize
 from .plan import Job
-from .window import Window
+from .window import SENDING_S, Window
 
 #: chunks sent in one go
 MOST = 256
@@ -25,19 +26,23 @@ class Pumped:
     Attributes:
         sent: chunks sent now.
         missing: chunks without a commit.
+        sure: chunks are on their way; if not, who else was about to send some may have died, and somebody should look
+            again after `SENDING_S`.
     """
 
     sent: int
     missing: int
+    sure: bool = True
 
 
-def pump(job: Job, window: Window, send: Callable[[int], None]) -> Pumped:
+def pump(job: Job, window: Window, send: Callable[[int], None], sending_s: float = SENDING_S) -> Pumped:
     """Send what the workers need next; close the output if nothing is missing.
 
     Args:
         job: the backfill.
         window: its hints.
         send: sends one chunk.
+        sending_s: see `Window.find_lost`.
 
     Raises:
         BackfillError: if the output cannot be read or written.
@@ -51,6 +56,7 @@ def pump(job: Job, window: Window, send: Callable[[int], None]) -> Pumped:
         return Pumped(0, 0)
     if window.wish in ("pause", "cancel") or state.read(job.store).wish != "run":
         return Pumped(0, len(missing))
+    young = window.find_lost(job.plan.model.name, sending_s)
     chunks = window.top_up(missing, MOST)
     for index, chunk in enumerate(chunks):
         try:
@@ -59,4 +65,4 @@ def pump(job: Job, window: Window, send: Callable[[int], None]) -> Pumped:
             for unsent in chunks[index:]:
                 window.forget(unsent)
             raise
-    return Pumped(len(chunks), len(missing))
+    return Pumped(len(chunks), len(missing), sure=not young or bool(chunks) or window.traffic().running > 0)

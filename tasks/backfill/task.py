@@ -1,8 +1,7 @@
 """The tasks of a backfill on the wire: ``nograd.run_chunk`` and ``nograd.calibrate``.
 
 =================== ===========================================================================================
-``nograd.run_chunk``  ``out``: URL of the output folder · ``plan``: sha256 of its plan · ``chunk``: number ·
-                      ``budget``: share of failed rows at which the backfill stops, or None
+``nograd.run_chunk``  ``out``: URL of the output folder · ``plan``: sha256 of its plan · ``chunk``: number
 result                none is stored: the commit record in the output folder is
 ``nograd.calibrate``  see `Sample`; the result is a `Calibration`
 =================== ===========================================================================================
@@ -26,6 +25,7 @@ from nograd.tasks.errors import ConfigError
 from nograd.tasks.keys import BULK, CHUNKS, queue_name
 
 from .plan import Extent, InputFile, Job, ModelIdentity, SourceSpec, TableSchema
+from .window import message_id
 
 RUN_CHUNK: Final = "nograd.run_chunk"
 CALIBRATE: Final = "nograd.calibrate"
@@ -37,7 +37,6 @@ class ChunkCall(msgspec.Struct, frozen=True):
     out: str
     plan: str
     chunk: int
-    budget: float | None = None
 
 
 class Sample(msgspec.Struct, frozen=True):
@@ -112,18 +111,18 @@ def calibrate(self: Any, **kwargs: Any) -> Any:
     return _runner(CALIBRATE).calibrate(self, msgspec.convert(kwargs, Sample, str_keys=True))
 
 
-def send_chunk(app: Any, job: Job, chunk: int, budget: float | None) -> None:
+def send_chunk(app: Any, job: Job, chunk: int) -> None:
     """Send a chunk to the workers of its model.
 
     Raises:
         kombu.exceptions.OperationalError: if Redis does not take it.
     """
     plan = job.plan
-    call = ChunkCall(job.store.url, plan.sha256, chunk, budget)
+    call = ChunkCall(job.store.url, plan.sha256, chunk)
     app.send_task(
         RUN_CHUNK,
         kwargs=msgspec.to_builtins(call),
-        task_id=f"{plan.chunk_id(chunk)}-{uuid.uuid4().hex[:8]}",
+        task_id=message_id(hints_of(job), chunk) + uuid.uuid4().hex[:8],
         queue=queue_name(plan.model.name),
         priority=CHUNKS,
         ignore_result=True,

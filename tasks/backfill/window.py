@@ -3,7 +3,7 @@
 ::
 
     missing ──top_up──► queued ──claim──► running ──release──► (committed in storage, or missing again)
-                          └── nobody claims it in QUEUED_S ──► missing again
+                          └── its message is nowhere (`find_lost`) ──► missing again
 
 Laws:
 
@@ -11,6 +11,8 @@ Laws:
   committed bytes are the same.
 * Anybody may top up at any time (the driver, the CLI, a worker that has finished a chunk): a chunk is issued to one of
   them only, and no more chunks are on their way than the workers need.
+* A chunk whose message is nowhere, because whoever sent it or Redis died over it, is missing again after `SENDING_S`;
+  one whose message waits is not issued again, however long it waits.
 * A chunk is run by one worker at a time, as long as that one renews its claim. A worker that was frozen longer loses
   it; what it commits afterwards loses, too.
 * A chunk that killed its worker leaves what it was about to run (its *cursor*), so that the next attempt runs those
@@ -27,20 +29,34 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from nograd.tasks.keys import LEASE_S
+from nograd.tasks.keys import LEASE_S, PRIORITY_SUFFIXES, queue_name
 
-#: seconds a chunk may wait in its queue before it is issued again. Too short costs a duplicate that ends at its first
-#: look; only a message that was lost (a FLUSHALL) needs it
-QUEUED_S: Final = 300.0
+#: seconds from issuing a chunk until its message is in the queue, at most; too short costs a message that ends at its
+#: first look
+SENDING_S: Final = 5.0
 #: seconds the keys of a backfill are kept after their last use
 KEPT_S: Final = 7 * 24 * 3600
 #: chunks that wait beyond one for each that runs, so that a worker that joins finds one
 SPARE: Final = 2
 
+#: kombu's hash of the messages that workers hold
+_UNACKED: Final = "unacked"
+
 #: what an operator wants of a backfill
 Wish = Literal["run", "pause", "cancel"]
 
 _SCRIPT = files(__package__).joinpath("window.lua").read_text(encoding="utf-8")
+_LOST = files(__package__).joinpath("lost.lua").read_text(encoding="utf-8")
+
+
+def message_id(job: str, chunk: int | None = None) -> str:
+    """What the id of a chunk's message begins with; without a chunk, those of all. `Window.find_lost` knows it by that.
+
+    Args:
+        job: the id of the backfill.
+        chunk: which.
+    """
+    return f"{job}-" if chunk is None else f"{job}-{chunk:06d}-"
 
 
 class Cursor(msgspec.Struct, frozen=True):
@@ -91,6 +107,8 @@ class Window:
         self._client = client
         self.claim_s = claim_s
         self._script = client.register_script(_SCRIPT)
+        self._lost = client.register_script(_LOST)
+        self._job = job
         self._prefix = f"nograd:backfill:{job}:"
         self._keys = [self._prefix + name for name in ("queued", "running", "owners", "cursors")]
 
@@ -109,7 +127,7 @@ class Window:
         if room <= 0:
             return []
         looked_at = _first(missing, traffic.queued + traffic.running + room)
-        issued = self._call("issue", room, int(QUEUED_S * 1000), *looked_at)
+        issued = self._call("issue", room, *looked_at)
         return [int(chunk) for chunk in issued]
 
     def claim(self, chunk: int, owner: str) -> bool:
@@ -122,32 +140,36 @@ class Window:
 
     def expect(self, chunk: int) -> None:
         """The message of a chunk comes back by itself, later: nobody need issue it meanwhile."""
-        self._call("expect", chunk, int(QUEUED_S * 1000))
+        self._call("expect", chunk)
 
     def forget(self, chunk: int) -> None:
         """The message of a chunk could not be sent: it is missing again."""
         self._call("forget", chunk)
 
-    def forget_queued(self) -> None:
-        """Every chunk that no worker runs is missing again: somebody resumes, and messages may have been lost.
+    def find_lost(self, model: str, sending_s: float = SENDING_S) -> int:
+        """Look for the messages of the queued chunks; those that have none are missing again.
 
-        A message that was not lost is then one too many, and ends at its first look.
+        Args:
+            model: in whose queue they are.
+            sending_s: seconds a message may take from `top_up` to the queue.
+
+        Returns:
+            Chunks without a message that were issued so short a time ago that it may still come.
         """
-        self._client.delete(self._keys[0])
+        keys = [self._keys[0], queue_name(model) + PRIORITY_SUFFIXES[-1], _UNACKED]
+        return int(self._lost(keys=keys, args=[int(sending_s * 1000), message_id(self._job)]))
 
     def traffic(self) -> Traffic:
         """How many chunks are on their way."""
         queued, running = self._call("count")
         return Traffic(int(queued), int(running))
 
-    def running(self) -> dict[int, str]:
-        """The chunks that run, and who runs them."""
-        flat = self._call("list")
-        return {int(chunk): _text(owner) for chunk, owner in zip(flat[::2], flat[1::2], strict=True)}
-
     def note(self, chunk: int, cursor: Cursor) -> None:
         """Say which rows come next: if the process dies now, it was over one of these."""
-        self._client.hset(self._keys[3], str(chunk), msgspec.json.encode(cursor))
+        pipe = self._client.pipeline(transaction=False)
+        pipe.hset(self._keys[3], str(chunk), msgspec.json.encode(cursor))
+        pipe.expire(self._keys[3], KEPT_S)
+        pipe.execute()
 
     def cursor(self, chunk: int) -> Cursor | None:
         """What an attempt that has died was about to run; None if there was none."""
@@ -188,14 +210,13 @@ class Window:
         times, _ = pipe.execute()
         return int(times)
 
-    def count_failures(self, chunk_failures: int, rows: int) -> tuple[int, int]:
-        """Add a committed chunk's failed rows and rows to a running count; the sums, which a FLUSHALL starts anew."""
+    def count_failures(self, rows: int) -> int:
+        """Add a committed chunk's failed rows to a running count, which a FLUSHALL starts anew; the sum."""
         pipe = self._client.pipeline(transaction=True)
-        pipe.hincrby(self._prefix + "sums", "failed", chunk_failures)
-        pipe.hincrby(self._prefix + "sums", "rows", rows)
+        pipe.hincrby(self._prefix + "sums", "failed", rows)
         pipe.expire(self._prefix + "sums", KEPT_S)
-        failed, total, _ = pipe.execute()
-        return int(failed), int(total)
+        failed, _ = pipe.execute()
+        return int(failed)
 
     @property
     def wish(self) -> Wish | None:
@@ -206,12 +227,15 @@ class Window:
 
     @wish.setter
     def wish(self, wish: Wish) -> None:
-        self._client.set(self._prefix + "wish", wish, ex=KEPT_S)
-        self._client.delete(self._prefix + "why", self._prefix + "troubles")
+        pipe = self._client.pipeline(transaction=True)  # in one step: else the reason of a stop in between is lost
+        pipe.set(self._prefix + "wish", wish, ex=KEPT_S)
+        pipe.delete(self._prefix + "why", self._prefix + "troubles")
+        pipe.execute()
 
     def clear(self) -> None:
-        """Remove all hints."""
-        self._client.delete(*self._keys, *(self._prefix + name for name in ("wish", "why", "sums", "troubles", "out")))
+        """Remove all hints: they are of an output that is gone."""
+        others = ("wish", "why", "sums", "troubles", "out")
+        self._client.delete(*self._keys, *(self._prefix + name for name in others))
 
     def _call(self, what: str, *args: str | int) -> Any:
         return self._script(keys=self._keys, args=[what, KEPT_S, *args])

@@ -153,7 +153,7 @@ def drive(client: Any, job: Job, seconds: float = 60, until: Callable[[], object
         AssertionError: if it takes longer.
     """
     window, end = window_of(client, job), time.monotonic() + seconds
-    while pump(job, window, lambda chunk: send_chunk(client.app, job, chunk, None)).missing and not until():
+    while pump(job, window, lambda chunk: send_chunk(client.app, job, chunk)).missing and not until():
         if window.wish == "pause":
             raise Paused(window.why)
         assert time.monotonic() < end, progress(job)

@@ -24,6 +24,7 @@ from nograd.tasks.backfill.draft import draft
 from nograd.tasks.backfill.fingerprint import check
 from nograd.tasks.backfill.sources import survey
 from nograd.tasks.backfill.store import open_store
+from nograd.tasks.backfill.task import send_chunk
 from nograd.tasks.backfill.verify import verify
 from nograd.tasks.errors import PlanChanged
 
@@ -200,6 +201,30 @@ def test_redis_is_killed_and_started_again(client, fleet, server, job, undisturb
     moments.wait_left()
     server.start()
     backfills.drive(client, job)
+    check_same(job, undisturbed)
+
+
+def test_chunks_whose_sender_died_before_it_sent_them_are_run_though_nobody_drives(client, fleet, job, undisturbed):
+    fleet.replace()
+    first, _ = backfills.window_of(client, job).top_up(range(job.plan.chunks), most=2)
+    send_chunk(client.app, job, first)  # and here whoever sends dies
+    wait_for(lambda: job.store.size("_SUCCESS"), "the end", 90)
+    check_same(job, undisturbed)
+
+
+def test_redis_is_killed_over_the_last_message_of_a_backfill_that_nobody_drives(
+    client, fleet, server, job, undisturbed, moments
+):
+    fleet.replace()
+    moments.arm("before the ack")  # and before the next chunks are issued
+    (first,) = backfills.window_of(client, job).top_up(range(job.plan.chunks), most=1)
+    send_chunk(client.app, job, first)
+    wait_for(moments.reached, "the commit")
+    server.kill()
+    moments.release()
+    moments.wait_left()
+    server.start()
+    wait_for(lambda: job.store.size("_SUCCESS"), "the end", 90)
     check_same(job, undisturbed)
 
 

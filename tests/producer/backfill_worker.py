@@ -119,7 +119,7 @@ def run_chunk(**kwargs):
             started_at=began, ended_at=time.time(), worker=OWNER,
         )  # fmt: skip
         window.release(call.chunk, OWNER)
-    pump(job, window, lambda chunk: send_chunk(app, job, chunk, call.budget))
+    pump(job, window, lambda chunk: send_chunk(app, job, chunk))
 
 
 @worker_ready.connect

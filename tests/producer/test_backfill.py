@@ -1,6 +1,7 @@
 """Backfills from their owner's side: a real Redis, real files, a worker process that reads, commits and pumps."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from nograd.tasks.backfill.budget import parse_budget
 from nograd.tasks.backfill.plan import ModelIdentity, load
 from nograd.tasks.backfill.store import open_store
 from nograd.tasks.backfill.task import Calibration
+from nograd.tasks.backfill.window import Window
 from nograd.tasks.errors import (
     BackfillCancelled,
     BackfillError,
@@ -107,6 +109,19 @@ def test_the_driver_may_be_killed_and_the_run_goes_on(backfills, csv, tmp_path):
     backfills.gate.unlink()
     until((tmp_path / "out" / "_SUCCESS").exists)
     assert backfills.client.backfill_at(tmp_path / "out").verify().problems == []
+
+
+def test_a_plan_where_one_was_deleted_begins_without_its_hints(backfills, csv, tmp_path):
+    first = backfill(backfills, csv, tmp_path / "out")
+    first.plan()
+    window = Window(backfills.client.app.backend.client, first.id)
+    window.stop("trouble")
+    window.count_failures(5)
+    shutil.rmtree(tmp_path / "out")
+    again = backfill(backfills, csv, tmp_path / "out")
+    again.plan()
+    assert again.id == first.id
+    assert (window.wish, window.why, window.count_failures(1)) == (None, None, 1)
 
 
 # -- pause, cancel, resume, amnesia ----------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import pytest
 
 from nograd.producer import Client
-from nograd.producer.broker import PRIORITY_SUFFIXES, Message, address_of, wire_size
+from nograd.producer.broker import Message, address_of, wire_size
 from nograd.producer.embedded import EmbeddedRedis
 from nograd.tasks import BrokerUnavailable, ConfigError, InvalidInput, ModelFileError, UnknownModel
 from nograd.tasks.errors import ResultTimeout
-from nograd.tasks.keys import BULK
+from nograd.tasks.keys import BULK, PRIORITY_SUFFIXES
 
 
 def messages(redis, queue):

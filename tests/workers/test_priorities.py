@@ -9,8 +9,8 @@ import pytest
 
 import fleet_of_tests
 from nograd.producer import Client
-from nograd.producer.broker import PRIORITY_SUFFIXES, Message
-from nograd.tasks.keys import BULK, CHUNKS, INTERACTIVE
+from nograd.producer.broker import Message
+from nograd.tasks.keys import BULK, CHUNKS, INTERACTIVE, PRIORITY_SUFFIXES
 
 TIMEOUT = 120
 BATCH = 8

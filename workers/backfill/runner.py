@@ -35,7 +35,7 @@ from nograd.tasks.backfill.rows import Slice
 from nograd.tasks.backfill.sources import Reader, open_reader, reader_of
 from nograd.tasks.backfill.store import open_store
 from nograd.tasks.backfill.task import ChunkCall, Sample, hints_at, send_chunk
-from nograd.tasks.backfill.window import Window
+from nograd.tasks.backfill.window import SENDING_S, Window
 from nograd.tasks.errors import BackfillError, OutputError, PlanChanged, SourceError, UnknownModel
 from nograd.workers.engine import Engine
 from nograd.workers.models import HostedModel
@@ -79,8 +79,11 @@ class BoundTask:
     delivery: Any
 
     def again(self, seconds: float) -> Exception:
-        """To be raised: the message comes back after so long."""
-        retry: Exception = self.celery.retry(countdown=seconds, throw=False)
+        """To be raised: the message comes back after so long; at once where Redis does not take a copy for later."""
+        try:
+            retry: Exception = self.celery.retry(countdown=seconds, throw=False)
+        except Reject as err:  # Celery would let go of the message
+            return Reject(err.reason, requeue=True)
         return retry
 
 
@@ -119,6 +122,13 @@ class ChunkRunner:
         # Before anything that may fail: also a worker that cannot see the folder must be able to say so.
         window = Window(self._client, hints_at(call.plan, call.out), self._claim_s)
         try:
+            return self._run_chunk(task, call, window)
+        except (redis.RedisError, OperationalError) as err:
+            # A chunk that was scored is committed; its message comes again to see to the rest. Without it nobody might.
+            raise task.again(AGAIN_S) from err
+
+    def _run_chunk(self, task: BoundTask, call: ChunkCall, window: Window) -> dict[str, Any]:
+        try:
             job, _ = self._open(call)
             told = self._attempt(task, call, job, window)
         except GivenUp as err:
@@ -126,21 +136,18 @@ class ChunkRunner:
             if err.requeue:
                 raise Reject(str(err), requeue=True) from err
             return {"chunk": call.chunk, "given_up": str(err)}
-        except (Reject, Retry):
+        except (Reject, Retry, redis.RedisError):
             raise
         except UnknownModel as err:  # it was unloaded here; the message is another worker's
             raise Reject(err.message, requeue=True) from err
-        except redis.RedisError as err:  # only a hint; the chunk comes again
-            raise task.again(AGAIN_S) from err
         except Exception as err:  # noqa: BLE001 - whatever it is, the backfill neither loops over it nor ends in silence
             return self._trouble(task, call, window, err)
         try:
-            pump(job, window, lambda chunk: send_chunk(task.celery.app, job, chunk, call.budget))
-        except (redis.RedisError, OperationalError) as err:
-            # The chunk is committed; its message comes again to do nothing but this.
-            raise task.again(AGAIN_S) from err
+            pumped = pump(job, window, lambda chunk: send_chunk(task.celery.app, job, chunk))
         except BackfillError as err:
             return self._stop(window, call, err)
+        if not pumped.sure:
+            raise task.again(SENDING_S)
         return told
 
     def _trouble(self, task: BoundTask, call: ChunkCall, window: Window, err: Exception) -> dict[str, Any]:
@@ -182,7 +189,7 @@ class ChunkRunner:
         record = done.record
         if done.won:
             with hint():
-                self._mind_the_budget(window, job, call, record)
+                self._mind_the_budget(window, job, record)
         return {"chunk": call.chunk, "won": done.won, "rows_ok": record.rows_ok, "rows_err": record.rows_err}
 
     def _score(self, call: ChunkCall, job: Job, model: HostedModel, device: Device, attempt: Attempt) -> commit.Part:
@@ -217,18 +224,19 @@ class ChunkRunner:
             writer.add(scored.piece, scored.predictions, scored.failures)
         return writer.finish()
 
-    def _mind_the_budget(self, window: Window, job: Job, call: ChunkCall, record: commit.CommitRecord) -> None:
-        failed, _ = window.count_failures(record.rows_err, record.rows_ok + record.rows_err)
-        # The message's budget may be an older one than that of the last resume.
-        budget = call.budget if not record.rows_err else state.read(job.store).error_budget
+    @staticmethod
+    def _mind_the_budget(window: Window, job: Job, record: commit.CommitRecord) -> None:
+        if not record.rows_err:
+            return
+        failed = window.count_failures(record.rows_err)
+        budget = state.read(job.store).error_budget
         if budget is not None and failed > allowed_failures(budget, job.plan.rows):
             window.stop(f"{OVER_BUDGET}: {failed} failed rows of {job.plan.rows} planned ones")
 
     def _stop(self, window: Window, call: ChunkCall, err: Exception) -> dict[str, Any]:
         logger.error("the backfill in %s is paused: %s", call.out, err)
-        with hint():
-            window.forget(call.chunk)
-            window.stop(f"worker {self._worker}: {err}")
+        window.forget(call.chunk)
+        window.stop(f"worker {self._worker}: {err}")
         return {"chunk": call.chunk, "error": str(err)}
 
     # -- nograd.calibrate --------------------------------------------------------------------------------------------

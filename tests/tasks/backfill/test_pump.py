@@ -1,0 +1,132 @@
+"""What is sent, and sent again: the real transport, a real Redis, real commit records. Nobody runs the chunks."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import redis
+
+from nograd.tasks.backfill.pump import pump
+from nograd.tasks.backfill.task import RUN_CHUNK, hints_of, send_chunk
+from nograd.tasks.backfill.window import SPARE, Window
+from nograd.tasks.celery import create_app
+from nograd.tasks.keys import CHUNKS, PRIORITY_SUFFIXES
+from nograd.tasks.settings import Settings
+from scoring import planned, run
+
+QUEUE = "nograd.doubler"
+LIST = QUEUE + PRIORITY_SUFFIXES[-1]
+
+
+@pytest.fixture
+def connection(redis_url):
+    with redis.Redis.from_url(redis_url) as connection:
+        connection.flushdb()
+        yield connection
+
+
+@pytest.fixture
+def app(redis_url, connection):
+    app = create_app(Settings(redis_url=redis_url))
+    yield app
+    app.close()
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Ten chunks."""
+    (tmp_path / "in.csv").write_text("k,x\n" + "".join(f"{n},{n}\n" for n in range(100)))
+    return planned(tmp_path / "in.csv", tmp_path / "out", id="k", columns=["x"], rows_per_chunk=10)
+
+
+@pytest.fixture
+def window(connection, job):
+    return Window(connection, hints_of(job))
+
+
+@pytest.fixture
+def sent(app, job):
+    """Sends; the chunks that were sent."""
+    chunks = []
+
+    def send(chunk):
+        send_chunk(app, job, chunk)
+        chunks.append(chunk)
+
+    send.chunks = chunks
+    return send
+
+
+def test_who_died_between_issuing_and_sending_leaves_chunks_that_are_sent_again(job, window, sent):
+    assert window.top_up(range(10), most=10) == [0, 1]
+    assert pump(job, window, sent, sending_s=600).sent == 0  # the one who sends them may be at it
+    assert pump(job, window, sent, sending_s=0).sent == SPARE
+    assert sent.chunks == [0, 1]
+
+
+def test_who_cannot_tell_whether_anybody_sends_is_told_to_look_again(job, window, sent):
+    window.top_up(range(10), most=1)
+    assert pump(job, window, sent, sending_s=600).sure  # another one is sent now: its worker will look
+    window.top_up(range(10), most=10)
+    window.claim(1, "a")
+    assert pump(job, window, lambda _: None, sending_s=600).sure
+
+
+def test_nobody_is_sure_while_all_that_was_issued_may_be_lost(job, window, sent):
+    window.top_up(range(10), most=10)
+    assert not pump(job, window, sent, sending_s=600).sure
+    assert pump(job, window, sent, sending_s=0).sure
+
+
+def test_a_message_that_waits_however_long_is_not_sent_again(job, window, sent, connection):
+    assert pump(job, window, sent).sent == SPARE
+    time.sleep(0.05)
+    for _ in range(3):
+        assert pump(job, window, sent, sending_s=0).sent == 0
+    assert connection.llen(LIST) == SPARE
+
+
+def test_a_message_that_a_worker_holds_is_not_sent_again_and_one_it_let_go_of_is(job, window, sent, app, connection):
+    pump(job, window, sent)
+    with app.connection_for_read() as connected, connected.channel() as channel:
+        held = channel.basic_get(QUEUE)
+        assert held.headers["task"] == RUN_CHUNK
+        assert connection.llen(LIST) == SPARE - 1
+        assert pump(job, window, sent, sending_s=0).sent == 0
+        held.ack()
+        channel.keeper.flush()
+        assert pump(job, window, sent, sending_s=0).sent == 1
+    assert sent.chunks == [0, 1, 0]
+
+
+def test_a_message_of_another_chunk_folder_or_model_is_no_message(job, window, sent, app, tmp_path):
+    other = planned(tmp_path / "in.csv", tmp_path / "other", id="k", columns=["x"], rows_per_chunk=10)
+    assert other.plan == job.plan
+    send_chunk(app, other, 0)
+    send_chunk(app, job, 1)
+    window.top_up(range(10), most=10)
+    assert window.find_lost("other", sending_s=600) == 2
+    assert window.find_lost("doubler", sending_s=600) == 1
+    window.find_lost("doubler", sending_s=0)
+    assert window.top_up(range(10), most=10) == [0]
+
+
+def test_who_resumes_sends_what_was_lost_and_not_what_runs(job, window, sent, connection):
+    pump(job, window, sent)
+    window.claim(0, "a")
+    connection.delete(LIST)
+    pump(job, window, sent, sending_s=0)
+    assert sorted(sent.chunks[SPARE:]) == [1, 2, 3]
+
+
+def test_the_output_is_closed_by_whoever_finds_nothing_missing(job, window, sent):
+    run(job)
+    assert pump(job, window, sent).missing == 0
+    assert sent.chunks == []
+    assert job.store.size("_SUCCESS")
+
+
+def test_chunks_travel_below_every_prediction(job, window, sent, connection):
+    pump(job, window, sent)
+    assert connection.llen(QUEUE + PRIORITY_SUFFIXES[CHUNKS // 3]) == SPARE
