@@ -80,11 +80,12 @@ class BoundTask:
 
     def again(self, seconds: float) -> Exception:
         """To be raised: the message comes back after so long; at once where Redis does not take a copy for later."""
+        later: Exception
         try:
-            retry: Exception = self.celery.retry(countdown=seconds, throw=False)
+            later = self.celery.retry(countdown=seconds, throw=False)
         except Reject as err:  # Celery would let go of the message
-            return Reject(err.reason, requeue=True)
-        return retry
+            later = Reject(err.reason, requeue=True)
+        return later
 
 
 class ChunkRunner:
@@ -134,6 +135,8 @@ class ChunkRunner:
         except GivenUp as err:
             logger.info("chunk %d of %s is given up: %s", call.chunk, call.out, err)
             if err.requeue:
+                with hint():
+                    window.expect(call.chunk)
                 raise Reject(str(err), requeue=True) from err
             return {"chunk": call.chunk, "given_up": str(err)}
         except (Reject, Retry, redis.RedisError):
