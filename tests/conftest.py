@@ -5,10 +5,12 @@ import gc
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+from waiting import PATIENCE_S, Gate, until
 
 # Before anything of transformers is imported: no test may ask a model hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,8 +18,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.pop("NOGRAD_MODELS", None)
 os.environ.pop("NOGRAD_REDIS_URL", None)
 
-#: seconds a worker has to load its models, on a machine that is busy with other things
-START_S = 120
+# How long an example takes is the machine's business, and a run that fails must fail again.
+hypothesis.settings.register_profile(
+    "suite", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("suite")
 
 
 class WorkerProcess:
@@ -34,11 +39,8 @@ class WorkerProcess:
             self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=cwd)
 
     def wait_until_ready(self):
-        deadline = time.monotonic() + START_S
-        while " ready." not in self.text():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"the worker did not get ready:\n{self.text()}")
-            time.sleep(0.05)
+        until(lambda: " ready." in self.text() or not self.alive(), lambda: f"it does not get ready:\n{self.text()}")
+        assert " ready." in self.text(), f"the worker ended before it was ready:\n{self.text()}"
         return self
 
     def text(self):
@@ -47,7 +49,7 @@ class WorkerProcess:
     def alive(self):
         return self.process.poll() is None
 
-    def stop(self, timeout=60):
+    def stop(self, timeout=PATIENCE_S):
         """Warm shutdown; the exit code."""
         with contextlib.suppress(ProcessLookupError):
             self.process.terminate()
@@ -57,6 +59,25 @@ class WorkerProcess:
             self.process.kill()
             self.process.wait()
             raise
+
+
+@pytest.fixture
+def gates(tmp_path):
+    """Make gates; what waits at one goes on when the test ends."""
+    made = []
+
+    def make():
+        made.append(Gate(tmp_path / f"gate{len(made)}"))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.open()
+
+
+@pytest.fixture
+def gate(gates):
+    return gates()
 
 
 @pytest.fixture(scope="module")

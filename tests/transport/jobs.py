@@ -52,8 +52,18 @@ def record(job: int) -> None:
 @app.task(name="jobs.long", bind=True)
 def long(self, job: int, seconds: float) -> int:
     """Leave a trace at the start and at the end."""
-    log.rpush("started", json.dumps([job, os.getpid(), time.time()]))
+    log.rpush("started", json.dumps([job, os.getpid()]))
     time.sleep(seconds)
+    log.rpush("ran", job)
+    return job
+
+
+@app.task(name="jobs.gated")
+def gated(job: int) -> int:
+    """The same, and in between wait until somebody opens the gate."""
+    log.rpush("started", json.dumps([job, os.getpid()]))
+    while not log.exists("open"):
+        time.sleep(0.02)
     log.rpush("ran", job)
     return job
 
@@ -61,7 +71,7 @@ def long(self, job: int, seconds: float) -> int:
 @app.task(name="jobs.exit", bind=True)
 def kill_worker(self, job: int) -> None:
     """Take the whole process along."""
-    log.rpush("started", json.dumps([job, os.getpid(), time.time()]))
+    log.rpush("started", json.dumps([job, os.getpid()]))
     os._exit(9)
 
 

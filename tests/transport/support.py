@@ -10,12 +10,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import redis
 from celery import Celery
+
+from waiting import PATIENCE_S
+from waiting import until as wait_for
 
 OURS = "nograd.tasks.transport:Transport"
 HERE = Path(__file__).parent
@@ -43,15 +45,6 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def wait_for(condition: Callable[[], object], timeout: float = 30, what: str = "") -> None:
-    """Wait generously: a slow machine is no failure."""
-    until = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > until:
-            raise AssertionError(f"not within {timeout} s: {what or condition}")
-        time.sleep(0.02)
-
-
 class Server:
     """A Redis of our own."""
 
@@ -76,7 +69,8 @@ class Server:
         ]
         self.process = subprocess.Popen([self.executable, *options], stdout=subprocess.DEVNULL)
         self.client = redis.Redis(port=self.port, decode_responses=True)
-        wait_for(self.answers, what="redis-server")
+        wait_for(lambda: self.answers() or self.process.poll() is not None, "redis-server does not answer")
+        assert self.process.poll() is None, "redis-server does not start"
 
     def answers(self) -> bool:
         try:
@@ -148,8 +142,8 @@ class Worker:
         return self.output.read_text(errors="replace")
 
     def ready(self) -> Worker:
-        wait_for(lambda: " ready." in self.log() or self.process.poll() is not None, 60, "a ready worker")
-        assert self.process.poll() is None, self.log()
+        wait_for(lambda: " ready." in self.log() or not self.alive, self.log)
+        assert self.alive, self.log()
         return self
 
     @property
@@ -165,7 +159,7 @@ class Worker:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def stop(self, timeout: float = 60) -> int:
+    def stop(self, timeout: float = PATIENCE_S) -> int:
         self.signal(signal.SIGTERM)
         return self.process.wait(timeout)
 
@@ -186,8 +180,13 @@ def ran(server: Server) -> list[int]:
 
 
 def started(server: Server) -> list[list]:
-    """[job, pid, time] of the jobs that were begun."""
+    """[job, pid] of the jobs that were begun."""
     return [json.loads(each) for each in server.client.lrange("started", 0, -1)]
+
+
+def open_gate(server: Server) -> None:
+    """Let the jobs go on that wait in `jobs.gated`, and those that come."""
+    server.client.set("open", 1)
 
 
 def left(server: Server) -> dict[str, int]:

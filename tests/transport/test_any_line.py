@@ -7,7 +7,6 @@ import json
 import os
 import sys
 import threading
-import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ from kombu.transport import redis as stock
 
 from nograd.tasks.transport import channel, keeper
 
-from .support import OURS
+from .support import OURS, wait_for
 
 PACKAGE = str(Path(channel.__file__).parent)
 MESSAGES = 5
@@ -87,6 +86,10 @@ def accounted(server, folder: Path) -> tuple[set[int], set[str]]:
     return found, set(client.hkeys("unacked")) ^ set(client.zrange("_nograd.leases", 0, -1))
 
 
+def connections(server) -> set[str]:
+    return {client["id"] for client in server.client.client_list()}
+
+
 def refill(server, connection, folder: Path) -> int:
     server.client.flushdb()
     with connection.Producer() as producer:
@@ -105,9 +108,10 @@ def test_dying_at_any_line_loses_nothing(server, tmp_path, stride):
     line, deaths = 1, 0
     while True:
         done = refill(server, publisher, tmp_path)
+        before = connections(server)
         status = die_at(line, lambda: consume(server.url, OURS, done))  # noqa: B023 - called at once
         os.close(done)
-        time.sleep(0.005)  # Redis sees the end of what the dead had written
+        wait_for(lambda: connections(server) <= before, "Redis has not seen the end of what the dead had written")  # noqa: B023
         found, torn = accounted(server, tmp_path)
         assert found == set(range(MESSAGES)), f"lost at line event {line}"
         assert not torn, f"torn at line event {line}"

@@ -62,7 +62,9 @@ def proxy(server):
 @pytest.fixture
 def keeper(proxy):
     made = Keeper(
-        lambda: redis.ConnectionPool(host="127.0.0.1", port=proxy.port, socket_timeout=5), Keys("", "u", "ui"), Terms()
+        lambda: redis.ConnectionPool(host="127.0.0.1", port=proxy.port, socket_timeout=600),
+        Keys("", "u", "ui"),
+        Terms(),
     )
     made.suspect("device", [lease(0)])  # connects
     yield made

@@ -13,13 +13,18 @@ from pathlib import Path
 import pytest
 import redis
 
-from .support import NOTHING_LEFT, OURS, left, producer, ran, started, wait_for
+from waiting import PATIENCE_S
 
+from .support import NOTHING_LEFT, OURS, left, open_gate, producer, ran, started, wait_for
+
+#: of workers that are killed
 LEASE_S = 2
+#: of workers that must keep what they hold, however long the machine stands still
+KEPT_S = 3
 
 
-def done(server, count, timeout=60):
-    wait_for(lambda: len(set(ran(server))) >= count, timeout, f"{count} jobs done")
+def done(server, count):
+    wait_for(lambda: len(set(ran(server))) >= count, f"{count} jobs are not done")
 
 
 def kill_under_load(make_server, make_worker, *, transport, jobs, kills, seed):
@@ -38,12 +43,12 @@ def kill_under_load(make_server, make_worker, *, transport, jobs, kills, seed):
     conf = {"worker_prefetch_multiplier": 1}
     pending = [make_worker(server, transport=transport, options=options, concurrency=8, conf=conf) for _ in range(2)]
     for _ in range(kills):
-        wait_for(lambda: " ready." in pending[0].log(), 60)
+        wait_for(lambda: " ready." in pending[0].log())
         time.sleep(chance.uniform(0.05, 0.3))
         pending.pop(0).kill()
         pending.append(make_worker(server, transport=transport, options=options, concurrency=8, conf=conf))
-    wait_for(lambda: server.client.llen("jobs") == 0, 120)
-    wait_for(lambda: server.client.hlen("unacked") == 0, 60)
+    wait_for(lambda: server.client.llen("jobs") == 0)
+    wait_for(lambda: server.client.hlen("unacked") == 0)
     time.sleep(1)
     return sorted(set(range(jobs)) - set(ran(server)))
 
@@ -64,27 +69,28 @@ def test_stock_celery_loses_jobs_in_the_same_run(make_server, make_worker):
 
 
 def test_a_job_longer_than_three_leases_runs_once_and_again_after_its_worker_is_killed(server, make_worker):
-    options = {"lease_seconds": LEASE_S}
-    victim = make_worker(server, options=options, concurrency=1).ready()
+    workers = [make_worker(server, options={"lease_seconds": KEPT_S}, concurrency=1) for _ in range(2)]
+    for worker in workers:
+        worker.ready()
     app = producer(server)
-    app.send_task("jobs.long", (1, 3.5 * LEASE_S))
-    wait_for(lambda: started(server))
-    rescuer = make_worker(server, options=options, concurrency=1).ready()
+    app.send_task("jobs.long", (1, 3.2 * KEPT_S))
     done(server, 1)
     assert len(started(server)) == 1
-    app.send_task("jobs.long", (2, 60))
+    app.send_task("jobs.gated", (2,))
     wait_for(lambda: len(started(server)) == 2)
-    owner = started(server)[1][1]
-    (victim if owner == victim.process.pid else rescuer).kill()
-    killed = time.time()
-    wait_for(lambda: len(started(server)) == 3, 60)
-    # 1.5 leases, and the slowness of a shared machine
-    assert started(server)[2][2] - killed < 1.5 * LEASE_S + 5
+    (owner,) = (worker for worker in workers if worker.process.pid == started(server)[1][1])
+    owner.kill()
+    ((_, ends),) = server.client.zrange("_nograd.leases", 0, -1, withscores=True)
+    seconds, microseconds = server.client.time()
+    assert ends <= 1000 * (seconds + KEPT_S) + microseconds // 1000
+    wait_for(lambda: len(started(server)) == 3)
+    open_gate(server)
+    done(server, 2)
 
 
 @pytest.mark.slow
 def test_a_stock_app_on_the_same_database_is_left_alone_and_leaves_us_alone(server, make_worker):
-    ours = make_worker(server, options={"lease_seconds": 2}, concurrency=1, queues="jobs").ready()
+    ours = make_worker(server, options={"lease_seconds": KEPT_S}, concurrency=1, queues="jobs").ready()
     stock = make_worker(server, transport=None, concurrency=1, queues="theirs").ready()
     producer(server).send_task("jobs.long", (1, 8))
     producer(server, None).send_task("jobs.long", (2, 8), queue="theirs")
@@ -99,14 +105,15 @@ def test_a_worker_frozen_past_its_lease_does_no_harm_when_it_thaws(server, make_
     options = {"lease_seconds": 2}
     frozen = make_worker(server, options=options, concurrency=2).ready()
     app = producer(server)
-    results = [app.send_task("jobs.long", (job, 2)) for job in range(2)]
+    results = [app.send_task("jobs.gated", (job,)) for job in range(2)]
     wait_for(lambda: len(started(server)) == 2)
     frozen.signal(signal.SIGSTOP)
-    other = make_worker(server, options=options, concurrency=2).ready()
-    wait_for(lambda: len(started(server)) == 4, 60)
+    other = make_worker(server, concurrency=2, options={"beat_seconds": 0.5}).ready()
+    wait_for(lambda: len(started(server)) == 4)
     frozen.signal(signal.SIGCONT)
-    assert [result.get(timeout=60) for result in results] == [0, 1]
-    wait_for(lambda: left(server) == NOTHING_LEFT, 30)
+    open_gate(server)
+    assert [result.get(timeout=PATIENCE_S) for result in results] == [0, 1]
+    wait_for(lambda: left(server) == NOTHING_LEFT)
     app.send_task("jobs.long", (7, 0))
     wait_for(lambda: 7 in ran(server))
     assert frozen.alive
@@ -130,7 +137,7 @@ def test_cutting_every_connection_under_load_runs_each_job_once(server, make_ser
         for kind in ("normal", "pubsub"):
             with suppress(redis.ConnectionError):
                 server.client.execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
-    done(log, 8, 90)
+    done(log, 8)
     runs = Counter(job for job, *_ in started(log))
     assert {runs[job] for job in range(8)} == {1}, runs
     assert worker.alive
@@ -150,10 +157,7 @@ def test_redis_killed_and_restarted_with_work_in_flight(make_server, make_worker
     server.kill()
     time.sleep(down)
     server.start()
-    up = time.time()
     app.send_task("jobs.long", (99, 0))
-    wait_for(lambda: 99 in ran(log), 60)
-    assert time.time() - up < 25  # 10 s, and the slowness of a shared machine
     done(log, 5)
     runs = Counter(job for job, *_ in started(log))
     assert set(runs.values()) == {1}, runs
@@ -172,13 +176,13 @@ def test_a_worker_waits_for_redis_without_spinning(server, make_server, make_wor
         return (int(fields[11]) + int(fields[12])) / 100
 
     time.sleep(1)
-    before = cpu()
+    before, began = cpu(), time.monotonic()
     time.sleep(2.5)
-    assert cpu() - before < 1.5
+    assert cpu() - before < 0.6 * (time.monotonic() - began)
     assert worker.alive
     server.start()
     producer(server).send_task("jobs.long", (1, 0))
-    wait_for(lambda: ran(log) == [1], 60)
+    wait_for(lambda: ran(log) == [1])
 
 
 @pytest.mark.parametrize("pool", ["threads", "solo", pytest.param("prefork", marks=SLOW)])
@@ -186,27 +190,30 @@ def test_a_warm_shutdown_finishes_what_runs_and_returns_the_rest(server, make_wo
     worker = make_worker(server, pool=pool, concurrency=1, conf={"worker_prefetch_multiplier": 4}).ready()
     app = producer(server)
     for job in range(10):
-        app.send_task("jobs.long", (job, 1.0))
+        app.send_task("jobs.gated", (job,))
     wait_for(lambda: started(server))
-    assert worker.stop() == 0
+    worker.signal(signal.SIGTERM)
+    wait_for(lambda: "Warm shutdown" in worker.log())
+    open_gate(server)
+    assert worker.process.wait(PATIENCE_S) == 0
     finished = ran(server)
     assert finished == list(range(len(finished)))
     assert 1 <= len(finished) <= 5
     assert len(finished) == len(started(server))
     assert left(server) == NOTHING_LEFT
     waiting = [json.loads(raw)["headers"]["argsrepr"] for raw in reversed(server.client.lrange("jobs", 0, -1))]
-    assert waiting == [f"({job}, 1.0)" for job in range(len(finished), 10)]
+    assert waiting == [f"({job},)" for job in range(len(finished), 10)]
 
 
 def test_a_cold_shutdown_returns_what_was_running(server, make_worker):
     worker = make_worker(server, pool="prefork", concurrency=2, conf={"worker_prefetch_multiplier": 1}).ready()
     for job in range(2):
-        producer(server).send_task("jobs.long", (job, 30))
+        producer(server).send_task("jobs.gated", (job,))
     wait_for(lambda: len(started(server)) == 2)
     worker.signal(signal.SIGTERM)
-    time.sleep(0.5)
+    wait_for(lambda: "Warm shutdown" in worker.log())
     worker.signal(signal.SIGQUIT)
-    worker.process.wait(60)
+    worker.process.wait(PATIENCE_S)
     assert server.client.llen("jobs") == 2
     assert left(server) == NOTHING_LEFT
 
@@ -218,7 +225,7 @@ def test_the_remote_shutdown_returns_what_was_not_started(server, make_worker):
         app.send_task("jobs.long", (job, 1.0))
     wait_for(lambda: started(server))
     app.control.shutdown()
-    worker.process.wait(60)
+    worker.process.wait(PATIENCE_S)
     assert len(ran(server)) + server.client.llen("jobs") == 6
     assert left(server) == NOTHING_LEFT
 
@@ -253,5 +260,5 @@ def test_read_only_and_back(server, make_server, make_worker):
     assert worker.alive
     server.client.replicaof("no", "one")
     producer(server).send_task("jobs.long", (1, 0))
-    wait_for(lambda: ran(log) == [1], 60)
+    wait_for(lambda: ran(log) == [1])
     assert worker.alive

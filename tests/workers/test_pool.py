@@ -15,8 +15,9 @@ from celery.exceptions import ChordError
 import fleet_of_tests
 from nograd.tasks import create_app, errors, predict, registry
 from nograd.tasks.settings import Settings
+from waiting import PATIENCE_S as TIMEOUT
+from waiting import until
 
-TIMEOUT = 60
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +49,14 @@ loader = "python"
 class = "fleet_of_tests:Slow"
 batch = { max_items = 1 }
 
+[waits]
+loader = "python"
+class = "fleet_of_tests:Waits"
+batch = { max_items = 1 }
+
 [hurried]
 loader = "python"
-class = "fleet_of_tests:Slow"
+class = "fleet_of_tests:Waits"
 batch = { max_items = 1 }
 timeout_s = 0.5
 
@@ -136,10 +142,7 @@ def test_an_input_that_does_not_fit_into_memory_is_tried_again_later_and_its_nei
     good = [send(app, "picky", n) for n in range(5)]
     bad = send(app, "picky", "memory")
     assert [result.get(timeout=TIMEOUT) for result in good] == list(range(5))
-    deadline = time.monotonic() + TIMEOUT
-    while bad.state != "RETRY":
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: bad.state == "RETRY")
     assert isinstance(bad.result, errors.Overloaded)
     app.control.revoke(bad.id)
 
@@ -169,7 +172,7 @@ def test_a_message_with_many_inputs_answers_in_order_each_item_for_itself(app):
             ["nobody", 1],
             {},
             errors.UnknownModel,
-            "no model 'nobody'; it serves dropout, echo, hurried, picky, slow, spy",
+            "no model 'nobody'; it serves dropout, echo, hurried, picky, slow, spy, waits",
         ),
         (["picky"], {}, errors.InvalidInput, "input"),
         ([], {}, errors.InvalidInput, "model"),
@@ -290,44 +293,69 @@ def test_ignore_result_stores_nothing(app):
     assert app.backend.client.get(app.backend.get_key_for_task(result.id)) is None
 
 
-def test_a_job_revoked_while_it_waits_for_the_device_never_runs(app, worker):
-    front = send(app, "slow", 3)
-    time.sleep(0.7)  # preparing threads may overtake each other
-    waiting = send(app, "slow", 0)
-    time.sleep(0.7)  # both are in the worker now: the first on the device, the second behind it
+def at_the_gate(app, gate):
+    """A job that is on the device, until somebody opens the gate."""
+    job = send(app, "waits", str(gate))
+    until(lambda: gate.reached)
+    return job
+
+
+@pytest.fixture
+def other(gates):
+    """An open gate: it shows who has been on the device, and holds nobody."""
+    made = gates()
+    made.open()
+    return made
+
+
+def inspected(app, what):
+    """The ids the only worker names."""
+    ((_, found),) = getattr(app.control.inspect(timeout=TIMEOUT, limit=1), what)().items()
+    return [each if isinstance(each, str) else each["id"] for each in found]
+
+
+def test_a_job_revoked_while_it_waits_for_the_device_never_runs(app, gate, other):
+    front, waiting = at_the_gate(app, gate), send(app, "waits", str(other))
+    until(lambda: waiting.id in inspected(app, "active") + inspected(app, "reserved"))
     app.control.revoke(waiting.id)
-    assert front.get(timeout=TIMEOUT) == 3
+    until(lambda: waiting.id in inspected(app, "revoked"))
+    gate.open()
+    assert front.get(timeout=TIMEOUT) == str(gate)
     error_of(waiting)
     assert waiting.state == "REVOKED"
+    assert not other.reached
 
 
-def test_a_job_that_expires_is_revoked(app):
-    front = send(app, "slow", 1.5)
-    time.sleep(0.4)
-    result = predict_of(app).apply_async(("slow", 0), expires=0.5)
+def test_a_job_that_expires_is_revoked(app, gate, other):
+    front = at_the_gate(app, gate)
+    late = predict_of(app).apply_async(("waits", str(other)), expires=0.5)
+    time.sleep(0.6)
+    gate.open()
     front.get(timeout=TIMEOUT)
-    error_of(result)
-    assert result.state == "REVOKED"
+    error_of(late)
+    assert late.state == "REVOKED"
+    assert not other.reached
 
 
-def test_terminating_a_running_job_frees_its_caller_and_not_the_worker(app, worker):
-    running = send(app, "slow", 2)
-    time.sleep(0.7)
+def test_terminating_a_running_job_frees_its_caller_and_not_the_worker(app, worker, gate):
+    running = at_the_gate(app, gate)
     app.control.revoke(running.id, terminate=True)
-    time.sleep(0.3)
-    assert running.state == "REVOKED"
-    assert send(app, "slow", 0).get(timeout=TIMEOUT) == 0
+    until(lambda: running.state == "REVOKED")
+    gate.open()
+    assert send(app, "waits", None).get(timeout=TIMEOUT) is None
     time.sleep(0.3)
     assert running.state == "REVOKED"
     assert worker.alive()
 
 
-def test_a_job_past_its_timeout_never_reaches_the_device(app):
-    front = send(app, "slow", 1.5)
-    time.sleep(0.4)
-    late = send(app, "hurried", 0)
+def test_a_job_past_its_timeout_never_reaches_the_device(app, gate, other):
+    front = at_the_gate(app, gate)
+    late = send(app, "hurried", str(other))
     assert isinstance(error_of(late), errors.DeadlinePassed)
+    gate.open()
     front.get(timeout=TIMEOUT)
+    assert send(app, "hurried", None).get(timeout=TIMEOUT) is None  # the device has been through what was before it
+    assert not other.reached
 
 
 def test_a_countdown_is_kept(app):
@@ -338,13 +366,13 @@ def test_a_countdown_is_kept(app):
 
 def test_models_are_registered_for_clients_and_the_key_has_an_end(app, worker):
     cards = registry.known(app.backend.client)
-    assert set(cards) == {"spy", "picky", "echo", "slow", "hurried", "dropout"}
+    assert set(cards) == {"spy", "picky", "echo", "slow", "hurried", "dropout", "waits"}
     assert cards["dropout"].input == "rows"
     assert app.backend.client.ttl("nograd:models") > 24 * 3600
 
 
 def test_inspect_shows_the_pool_s_own_numbers(app, worker):
-    (stats,) = app.control.inspect(timeout=30, limit=1).stats().values()
+    (stats,) = app.control.inspect(timeout=TIMEOUT, limit=1).stats().values()
     assert stats["pool"]["implementation"] == "nograd.workers.pool:TaskPool"
     assert stats["pool"]["models"]["picky"]["items"] > 0
     assert stats["pool"]["max-concurrency"] == 256
@@ -388,7 +416,4 @@ def test_a_warm_shutdown_finishes_what_is_on_the_device_and_gives_the_rest_back(
 
 
 def test_nothing_is_left_unacknowledged(app):
-    deadline = time.monotonic() + 10
-    while app.backend.client.hlen("unacked") and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert app.backend.client.hlen("unacked") == 0
+    until(lambda: app.backend.client.hlen("unacked") == 0)
