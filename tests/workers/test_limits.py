@@ -10,21 +10,20 @@ from nograd.producer import Client
 from nograd.producer.broker import Message
 from nograd.tasks import cancelled, errors, keys
 from nograd.workers import exits
-
-TIMEOUT = 60
+from waiting import PATIENCE_S as TIMEOUT
+from waiting import until
 
 MODELS = """
 [deadly]
 loader = "python"
 class = "fleet_of_tests:Deadly"
 batch = { max_items = 16 }
-hard_timeout_s = 1.5
+hard_timeout_s = 3
 
-[slow]
+[waits]
 loader = "python"
-class = "fleet_of_tests:Slow"
+class = "fleet_of_tests:Waits"
 batch = { max_items = 4 }
-hard_timeout_s = 30
 
 [hungry]
 loader = "python"
@@ -63,20 +62,13 @@ def doomed(start_worker, models):
     return start
 
 
-def until(condition):
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 # -- processes that cannot go on --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ("hang", "the forward of model deadly took longer than hard_timeout_s = 1.5 s"),
+        ("hang", "the forward of model deadly took longer than hard_timeout_s = 3 s"),
         ("hang in prepare", "the preparation of model deadly took longer"),
         ("hang in finish", "finish of model deadly took longer"),
     ],
@@ -142,56 +134,69 @@ def _impatient(folder):
 
 @pytest.fixture(scope="module")
 def worker(start_worker, models, client):
-    made = start_worker(models, "-Q", "nograd.slow,nograd.log")
-    assert client.submit("slow", 0).result(TIMEOUT) == 0  # from here on it consumes
+    made = start_worker(models, "-Q", "nograd.waits,nograd.log")
+    assert client.submit("waits", None).result(TIMEOUT) is None  # from here on it consumes
     return made
 
 
-def test_a_job_that_waits_longer_than_its_timeout_is_told_so_while_the_device_is_still_busy(client, worker):
-    front = client.submit("slow", 6)
-    time.sleep(1)
-    late = client.submit("slow", 0, timeout_s=0.5)
+@pytest.fixture
+def front(client, worker, gate):
+    """A job that is on the device, until the gate is opened."""
+    job = client.submit("waits", str(gate))
+    until(lambda: gate.reached)
+    return job
+
+
+def test_a_job_that_waits_longer_than_its_timeout_is_told_so_while_the_device_is_still_busy(client, front, gate):
+    late = client.submit("waits", None, timeout_s=0.5)
     with pytest.raises(errors.DeadlinePassed):
         late.result(TIMEOUT)
     assert not front.done()
-    assert front.result(TIMEOUT) == 6
+    gate.open()
+    assert front.result(TIMEOUT) == str(gate)
 
 
-def test_a_job_whose_forward_outlasts_its_timeout_is_told_so_and_its_neighbours_get_their_predictions(client, worker):
-    front = client.submit("slow", 0.7)  # so that the next ones share a batch
-    time.sleep(0.3)
-    late, patient = client.submit("slow", 3, timeout_s=1.5), client.submit("slow", 3, timeout_s=100)
+def test_a_job_whose_forward_outlasts_its_timeout_is_told_so_and_its_neighbours_get_their_predictions(
+    client, worker, front, gate, gates
+):
+    second = gates()
+    late = client.submit("waits", str(second), timeout_s=3)
+    patient = client.submit("waits", str(second), timeout_s=1000)
+    until(lambda: client.broker.workers(TIMEOUT, [worker.name])[worker.name]["waiting_items"] == 2)
+    gate.open()  # they go on the device together
+    until(lambda: second.reached)
     with pytest.raises(errors.DeadlinePassed):
         late.result(TIMEOUT)
     assert not patient.done()
-    assert patient.result(TIMEOUT) == 3
-    assert front.result(TIMEOUT) == 0.7
+    second.open()
+    assert patient.result(TIMEOUT) == str(second)
+    assert front.result(TIMEOUT) == str(gate)
     time.sleep(0.5)
     assert late.state == "FAILURE"  # the late prediction was dropped
     assert worker.alive()
 
 
-def test_the_items_of_a_message_pass_their_deadline_each_for_itself(client, worker):
-    outcomes = list(client.map("slow", [0, 0, 0, 0, 4, 4, 4, 4, 4], batch=9, timeout_s=2, return_exceptions=True))
-    assert outcomes[:4] == [0] * 4
+def test_the_items_of_a_message_pass_their_deadline_each_for_itself(client, worker, gate):
+    inputs = [None] * 4 + [str(gate)] * 5
+    outcomes = list(client.map("waits", inputs, batch=9, timeout_s=3, return_exceptions=True))
+    assert outcomes[:4] == [None] * 4
     assert [type(outcome) for outcome in outcomes[4:]] == [errors.DeadlinePassed] * 5
 
 
-def test_a_stock_client_gives_a_timeout_by_name(client, worker):
-    front = client.submit("slow", 3)
-    time.sleep(0.5)
-    late = client.app.send_task("nograd.predict", ["slow", 0], {"timeout_s": 0.3}, queue="nograd.slow")
+def test_a_stock_client_gives_a_timeout_by_name(client, front, gate):
+    late = client.app.send_task("nograd.predict", ["waits", None], {"timeout_s": 0.3}, queue="nograd.waits")
     with pytest.raises(errors.DeadlinePassed):
         late.get(timeout=TIMEOUT)
     assert not front.done()
+    gate.open()
     front.result(TIMEOUT)
 
 
 @pytest.mark.parametrize("timeout_s", [0, -1, "soon", True, float("nan"), float("inf")])
 def test_a_timeout_that_is_none_is_refused_on_both_sides(client, worker, timeout_s):
     with pytest.raises(errors.InvalidInput, match="timeout_s"):
-        client.submit("slow", 0, timeout_s=timeout_s)
-    result = client.app.send_task("nograd.predict", ["slow", 0], {"timeout_s": timeout_s}, queue="nograd.slow")
+        client.submit("waits", None, timeout_s=timeout_s)
+    result = client.app.send_task("nograd.predict", ["waits", None], {"timeout_s": timeout_s}, queue="nograd.waits")
     with pytest.raises(errors.InvalidInput, match="timeout_s"):
         result.get(timeout=TIMEOUT)
 

@@ -19,7 +19,6 @@ from waiting import PATIENCE_S as TIMEOUT
 from waiting import until
 
 
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fleet")
@@ -354,7 +353,7 @@ def test_a_job_past_its_timeout_never_reaches_the_device(app, gate, other):
     assert isinstance(error_of(late), errors.DeadlinePassed)
     gate.open()
     front.get(timeout=TIMEOUT)
-    assert send(app, "hurried", None).get(timeout=TIMEOUT) is None  # the device has been through what was before it
+    assert send(app, "waits", None).get(timeout=TIMEOUT) is None  # the device has been through what was before it
     assert not other.reached
 
 

@@ -11,8 +11,9 @@ import fleet_of_tests
 from nograd.producer import Client
 from nograd.producer.broker import Message
 from nograd.tasks.keys import BULK, CHUNKS, INTERACTIVE, PRIORITY_SUFFIXES
+from waiting import PATIENCE_S as TIMEOUT
+from waiting import until
 
-TIMEOUT = 120
 BATCH = 8
 BULK_LIST = PRIORITY_SUFFIXES[-2]
 
@@ -54,13 +55,14 @@ class Fleet:
     def queued(self, suffix=BULK_LIST):
         return self.redis.llen(f"nograd.{self.model}{suffix}")
 
-    def pools(self):
-        return list(self.client.broker.workers(5).values())
+    def pool(self, worker):
+        """What the pool of a worker tells."""
+        return self.client.broker.workers(TIMEOUT, [worker.name])[worker.name]
 
     def settled(self, count):
         """Wait until this stays so for a while: what a worker fetches, it fetches in milliseconds."""
         last, since = None, time.monotonic()
-        while time.monotonic() - since < 2.5:
+        while time.monotonic() - since < 1.5:
             now = count()
             if now != last:
                 last, since = now, time.monotonic()
@@ -69,22 +71,26 @@ class Fleet:
 
 
 def test_a_worker_that_joins_late_gets_its_part_of_the_bulk_and_an_interactive_job_overtakes(fleet):
-    fleet.start()
+    one = fleet.start()
     jobs = fleet.client.submit_many(fleet.model, list(range(1000)), priority="bulk")
     # One batch is on the device; of what waits a worker takes no more than the next two.
+    until(lambda: fleet.queued() < 1000)
     left = fleet.settled(fleet.queued)
     assert 1000 - 5 * BATCH <= left < 1000
-    fleet.start()
-    assert 1000 - 10 * BATCH <= fleet.settled(fleet.queued) < left
+    other = fleet.start()
+    until(lambda: fleet.queued() < left)
+    assert fleet.settled(fleet.queued) >= 1000 - 10 * BATCH
     urgent = fleet.client.submit(fleet.model, "now")
-    assert fleet.settled(lambda: fleet.queued("")) == 0
+    until(
+        lambda: sum(pool["waiting_items"] - pool["waiting_bulk_items"] for pool in map(fleet.pool, (one, other))) == 1
+    )
     fleet.gate.touch()
     urgent = urgent.result(TIMEOUT)
     done = [job.result(TIMEOUT) for job in jobs]
     parts = Counter(one["pid"] for one in done)
     assert len(parts) == 2
-    assert min(parts.values()) > 200
-    # On the worker that took it, it comes right after the batch that was on the device; the other one goes on.
+    assert min(parts.values()) > 5 * BATCH  # more than it held before the gate was opened
+    # On the worker that took it, it comes right after the batch on the device; the other one goes on meanwhile.
     before = [one for one in done if one["pid"] == urgent["pid"] and one["at"] < urgent["at"]]
     assert len(before) <= 2 * BATCH
     # The free places of its batch were filled.
@@ -93,13 +99,14 @@ def test_a_worker_that_joins_late_gets_its_part_of_the_bulk_and_an_interactive_j
 
 @pytest.mark.parametrize("priority", [INTERACTIVE, BULK, CHUNKS])
 def test_messages_of_many_items_stay_in_redis_until_the_device_needs_them(fleet, priority):
-    fleet.start()
+    worker = fleet.start()
     rows, packs = 64, 20
     messages = [Message(fleet.model, list(range(rows)), "rows", many=True, priority=priority) for _ in range(packs)]
     fleet.client.broker.publish_many(messages)
     suffix = {INTERACTIVE: "", BULK: BULK_LIST, CHUNKS: PRIORITY_SUFFIXES[-1]}[priority]
+    until(lambda: fleet.pool(worker)["waiting_items"] >= rows - BATCH)
     assert fleet.settled(lambda: fleet.queued(suffix)) >= packs - 3
-    (pool,) = fleet.pools()
+    pool = fleet.pool(worker)
     assert rows - BATCH <= pool["waiting_items"] <= 3 * rows
     assert pool["waiting_bulk_items"] == (0 if priority == INTERACTIVE else pool["waiting_items"])
     fleet.gate.touch()

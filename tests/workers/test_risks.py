@@ -13,10 +13,11 @@ import fleet_of_tests
 from nograd.producer import Client
 from nograd.producer.embedded import EmbeddedRedis
 from nograd.tasks import errors, transport
+from nograd.workers import risk, watchdog
 from nograd.workers.risk import Gate, Risks
 from nograd.workers.watchdog import Activities
-
-TIMEOUT = 60
+from waiting import PATIENCE_S as TIMEOUT
+from waiting import until
 
 
 class Fleet:
@@ -32,12 +33,6 @@ class Fleet:
 
     def waits(self, worker):
         return (self.folder / f"waits-{worker.process.pid}").exists()
-
-    def until(self, condition):
-        deadline = time.monotonic() + TIMEOUT
-        while not condition():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
 
     def until_dead(self, worker):
         assert worker.process.wait(TIMEOUT) < 0, worker.text()
@@ -61,7 +56,7 @@ batch = {{ max_items = 4 }}
 {more}
 """
             for name, more in {
-                "fragile": "hard_timeout_s = 1.5",
+                "fragile": "hard_timeout_s = 2.5",
                 "patient": "",
                 "text": 'input = "text"',
                 "hurried": "timeout_s = 1",
@@ -104,12 +99,12 @@ def test_a_crash_in_a_model_s_own_code_is_its_own_job_s_fault_and_no_other_s(fle
 def test_nothing_that_may_crash_runs_beside_a_job_that_runs_alone(fleet, where):
     innocent = fleet.client.submit("patient", f"wait in {where}")
     worker = fleet.start()
-    fleet.until(lambda: fleet.waits(worker))
+    until(lambda: fleet.waits(worker))
     guilty = fleet.client.submit("patient", "crash in prepare")
     fleet.until_dead(worker)
     guilty.cancel()  # it has done its part: now the innocent one is suspected
     worker = fleet.start()
-    fleet.until(lambda: fleet.waits(worker))
+    until(lambda: fleet.waits(worker))
     guilty = fleet.client.submit("patient", "crash in prepare")  # a new one: nobody knows anything of it
     time.sleep(1)
     assert worker.alive()
@@ -142,14 +137,14 @@ def test_a_time_limit_also_ends_the_preparation_and_the_waiting_for_it(fleet):
             job.result(TIMEOUT)
     assert not (fleet.folder / "open").exists()
     (fleet.folder / "open").touch()
-    fleet.until(lambda: fleet.client.submit("hurried", "x").exception(TIMEOUT) is None)
+    until(lambda: fleet.client.submit("hurried", "x").exception(TIMEOUT) is None)
     assert worker.alive()
 
 
 def test_results_do_not_wait_for_another_model_that_finishes_slowly(fleet):
     worker = fleet.start()
     slow = fleet.client.submit_many("patient", ["wait in finish"] * 20)
-    fleet.until(lambda: fleet.waits(worker))
+    until(lambda: fleet.waits(worker))
     assert fleet.client.submit("slow", 0).result(TIMEOUT) == 0
     (fleet.folder / "open").touch()
     assert [job.result(TIMEOUT) for job in slow] == ["wait in finish"] * 20
@@ -189,7 +184,10 @@ def test_who_wants_to_be_alone_waits_for_all_inside_and_keeps_others_out():
     assert order == ["alone", "not any more", *["inside"] * 3]
 
 
-def test_the_inputs_of_a_stint_have_a_limit_each_and_it_makes_way_between_them():
+def test_the_inputs_of_a_stint_have_a_limit_each_and_it_makes_way_between_them(monkeypatch):
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
+    for module in (risk, watchdog):
+        monkeypatch.setattr(module, "time", clock)
     activities = Activities()
     risks = Risks(activities)
     model = SimpleNamespace(name="m", spec=SimpleNamespace(hard_timeout_s=0.2))
@@ -203,7 +201,7 @@ def test_the_inputs_of_a_stint_have_a_limit_each_and_it_makes_way_between_them()
     with risks.stint("finish", model, SimpleNamespace(delivery=None), risky=True) as stint:
         for _ in range(5):
             stint.item()
-            time.sleep(0.1)
+            clock.now += 0.15
             assert activities.overdue() is None
         thread = threading.Thread(target=alone)
         thread.start()
@@ -212,7 +210,7 @@ def test_the_inputs_of_a_stint_have_a_limit_each_and_it_makes_way_between_them()
         assert not done.is_set()
         stint.item()
         assert done.is_set()
-        time.sleep(0.3)
+        clock.now += 0.25
         assert activities.overdue().what == "finish"
     thread.join(TIMEOUT)
     assert activities.overdue() is None

@@ -9,6 +9,7 @@ import redis as redis_py
 from nograd.tasks.keys import SAFE_SIZE_TTL_S, SAFE_SIZES
 from nograd.workers import safe_sizes
 from nograd.workers.safe_sizes import SafeSizes
+from waiting import until
 
 GROUP = ((3, 224, 224), b"\x81\xa1x\x01")
 
@@ -48,13 +49,6 @@ def worker(redis, monkeypatch):
         one.sizes.finish()
 
 
-def until(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_who_learns_keeps_to_it_at_once_and_the_others_soon(worker, redis):
     one, other = worker(), worker()
     one.sizes.learn("m", GROUP, 16)
@@ -75,7 +69,7 @@ def test_another_kind_of_device_learns_nothing(worker):
 
 
 def test_a_size_is_forgotten_after_its_time(worker, redis, monkeypatch):
-    monkeypatch.setattr(safe_sizes, "SAFE_SIZE_TTL_S", 1)
+    monkeypatch.setattr(safe_sizes, "SAFE_SIZE_TTL_S", 4)
     one, other = worker(), worker()
     one.sizes.learn("m", GROUP, 16)
     until(lambda: other.caps)
