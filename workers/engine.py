@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -67,6 +67,8 @@ class RowsJob(Job, Protocol):
     """What the engine needs of a batch that came as one item (see `nograd.workers.backfill.block`)."""
 
     rows: Sequence[Any]
+    #: what is left to do, a forward at a step; None before the first
+    forwards: Iterator[bool] | None
 
     def settle(self, start: int, stop: int, outputs: Sequence[Any] | NogradError) -> None:
         """Take the outputs of some rows, or the error they share."""
@@ -358,21 +360,24 @@ class Engine:
             self._hooks.on_fits(model.name, items[0].group, fits)
 
     def _run_block(self, model: HostedModel, item: Item) -> None:
-        """Run a batch of a backfill's rows, which are no items of their own."""
+        """Run one forward of a batch of a backfill's rows; what is left of it waits behind whoever is interactive."""
         block: RowsJob = item.job
-        stats = self.stats[model.name]
-        began = time.monotonic()
-        failed = 0
+        if block.forwards is None:
+            block.forwards = self._forwards(model, item)
+        if next(block.forwards, False):
+            self.queue.put([item])
+
+    def _forwards(self, model: HostedModel, item: Item) -> Iterator[bool]:
+        """The forwards of a batch of a backfill's rows, which are no items of their own; True while there are more."""
+        block: RowsJob = item.job
+        spent, failed = 0.0, 0
 
         def on_done(piece: Sequence[int], result: Sequence[Any] | JobError) -> None:
             nonlocal failed
             failed += len(piece) if isinstance(result, JobError) else 0
             block.settle(piece[0], piece[-1] + 1, result)
 
-        known = self._block_fits.get(model)
-        if known is not None and time.monotonic() - known[1] > SAFE_SIZE_TTL_S:
-            known = None
-        fits = run_pieces(
+        pieces = run_pieces(
             model,
             range(len(block.rows)),
             lambda piece: block.rows[piece[0] : piece[-1] + 1],
@@ -380,13 +385,28 @@ class Engine:
             self.device,
             lambda _: self._begin("the forward", model, [item]),
             on_done,
-            None if known is None else known[0],
+            self._known_fits(model),
         )
-        if fits is not None and (known is None or fits < known[0]):
+        while True:
+            began = time.monotonic()
+            try:
+                next(pieces)
+            except StopIteration as end:
+                fits: int | None = end.value
+                break
+            finally:
+                spent += time.monotonic() - began
+            yield True
+        if fits is not None and fits < (self._known_fits(model) or fits + 1):
             self._block_fits[model] = (fits, time.monotonic())
         self.activities.end()
-        stats.count(len(block.rows), failed, time.monotonic() - began)
+        self.stats[model.name].count(len(block.rows), failed, spent)
         block.finish(fits)
+
+    def _known_fits(self, model: HostedModel) -> int | None:
+        """Rows that fit into one forward, if not long ago more did not."""
+        rows, since = self._block_fits.get(model, (None, 0.0))
+        return None if time.monotonic() - since > SAFE_SIZE_TTL_S else rows
 
     def _begin(self, what: str, model: HostedModel, items: Sequence[Item]) -> None:
         """From here on the process may die, or hang, over these."""

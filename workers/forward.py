@@ -14,7 +14,7 @@ Laws:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from traceback import clear_frames
 from typing import Any, TypeVar
@@ -79,15 +79,27 @@ def run_isolated(
         for item in piece:
             on_outcome(item, Outcome(error=result))
 
-    return run_pieces(
-        model,
-        list(items),
-        lambda piece: [item.prepared for item in piece],
-        items[0].job.params,
-        device,
-        on_forward,
-        on_done,
+    return to_end(
+        run_pieces(
+            model,
+            list(items),
+            lambda piece: [item.prepared for item in piece],
+            items[0].job.params,
+            device,
+            on_forward,
+            on_done,
+        )
     )
+
+
+def to_end(steps: Generator[None, None, T]) -> T:
+    """Take all steps at once; what they return."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: T = end.value
+            return result
 
 
 def run_pieces(  # noqa: PLR0917 - two of them are what, five are how
@@ -99,8 +111,10 @@ def run_pieces(  # noqa: PLR0917 - two of them are what, five are how
     on_forward: Callable[[Sequence[T]], None],
     on_done: Callable[[Sequence[T], Sequence[Any] | JobError], None],
     fits: int | None = None,
-) -> int | None:
-    """Run a batch in as few pieces as succeed.
+) -> Generator[None, None, int | None]:
+    """Run a batch in as few pieces as succeed, one forward a step: whoever asks for the next may do other things first.
+
+    Between two steps nothing is held but the batch and what `on_done` keeps.
 
     Args:
         model: whose batch it is.
@@ -128,18 +142,21 @@ def run_pieces(  # noqa: PLR0917 - two of them are what, five are how
         result = _attempt(model, inputs(piece), params, device)
         if not isinstance(result, _Failure):
             on_done(piece, result)
-            continue
-        if result.out_of_memory:
-            free(device)  # out here nothing refers to its tensors any more
-            fits = len(piece) // 2 or None
-        if len(piece) > 1:
-            if isinstance(result.error, OutputMismatch):
-                logger.error("%s; none of them is used, and its halves are run by themselves", result.error.message)
-            middle = len(piece) // 2
-            pieces += [piece[middle:], piece[:middle]]
-            continue
-        logger.warning("model %s failed on one input: %s", model.name, result.error.message)
-        on_done(piece, result.error)
+        else:
+            if result.out_of_memory:
+                free(device)  # out here nothing refers to its tensors any more
+                fits = len(piece) // 2 or None
+            if len(piece) > 1:
+                if isinstance(result.error, OutputMismatch):
+                    logger.error("%s; none of them is used, and its halves are run by themselves", result.error.message)
+                middle = len(piece) // 2
+                pieces += [piece[middle:], piece[:middle]]
+            else:
+                logger.warning("model %s failed on one input: %s", model.name, result.error.message)
+                on_done(piece, result.error)
+        del result
+        if pieces:
+            yield
     return fits
 
 

@@ -10,7 +10,7 @@ from nograd.tasks.errors import InvalidInput, JobError, ModelFailed, OutputMisma
 from nograd.tasks.predict import Outcome
 from nograd.workers.batching import Item
 from nograd.workers.faults import DeviceLost
-from nograd.workers.forward import run_isolated, run_pieces
+from nograd.workers.forward import run_isolated, run_pieces, to_end
 
 CPU = torch.device("cpu")
 
@@ -208,8 +208,10 @@ def test_what_fits_is_found_out_once(fits, sizes):
     def keep(piece, outputs):
         done.update(zip(piece, outputs, strict=True))
 
-    found = run_pieces(
-        model, range(10), lambda piece: rows[piece[0] : piece[-1] + 1], {}, CPU, lambda piece: None, keep, fits
+    found = to_end(
+        run_pieces(
+            model, range(10), lambda piece: rows[piece[0] : piece[-1] + 1], {}, CPU, lambda piece: None, keep, fits
+        )
     )
     assert found == 2
     assert model.sizes == sizes

@@ -1,14 +1,17 @@
 """Rows of a chunk on their way over the device: one item of the batch queue, a batch by itself.
 
-Law: the rows of a block meet no others in a forward. A batch of a backfill is the same in every attempt, also beside
-online jobs, so its predictions are the same to the last bit.
+Laws:
+
+* The rows of a block meet no others in a forward. A batch of a backfill is the same in every attempt, also beside
+  online jobs, so its predictions are the same to the last bit.
+* A block that has to be halved takes a turn on the device for each forward: an online job waits for one of them.
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from nograd.tasks.errors import JobError, NogradError
@@ -28,11 +31,12 @@ class Block:
         params: of the model.
         rows: prepared inputs: a tensor ``(n, …)``, or a sequence.
         segments: ``(start, stop, outputs or error)``, once `wait` has returned: together they cover the rows.
-        dropped: the model was unloaded before the rows got to the device.
+        dropped: the model was unloaded before all rows had been on the device.
+        forwards: of the device thread: what is left to do.
         split: where to say that it did not fit into one forward.
     """
 
-    __slots__ = ("_done", "delivery", "dropped", "id", "params", "rows", "segments", "split")
+    __slots__ = ("_done", "delivery", "dropped", "forwards", "id", "params", "rows", "segments", "split")
 
     def __init__(
         self, task_id: str, delivery: Any, params: Mapping[str, Any], rows: Sequence[Any], split: list[str]
@@ -44,6 +48,7 @@ class Block:
         self.segments: list[tuple[int, int, Sequence[Any] | NogradError]] = []
         self.split = split
         self.dropped = False
+        self.forwards: Iterator[bool] | None = None
         self._done = threading.Event()
 
     def item(self, model: str) -> Item:
@@ -91,6 +96,6 @@ class Block:
 
     def claim(self) -> bool:
         """Whether whoever gives back the jobs of an unloaded model may do so with this one: no, the runner does."""
-        self.dropped = True
+        self.dropped, self.forwards = True, None
         self._done.set()
         return False
