@@ -27,7 +27,7 @@ from nograd.tasks.backfill.finalize import finalize
 from nograd.tasks.backfill.plan import Job, Plan
 from nograd.tasks.backfill.progress import Progress
 from nograd.tasks.backfill.pump import Pumped, pump
-from nograd.tasks.backfill.retry import draft_retry, remaining, rows_of
+from nograd.tasks.backfill.retry import draft_retry, give_up, remaining, rows_of
 from nograd.tasks.backfill.store import open_store
 from nograd.tasks.backfill.store_retry import RetryStore
 from nograd.tasks.backfill.task import hints_of, send_chunk
@@ -169,9 +169,15 @@ class Backfill:
             if self._budget_given:
                 self._set(error_budget=self._budget)
             return
-        fingerprint.check(job)  # before anybody is waited for
-        if len(commit.committed_chunks(job.store)) < job.plan.chunks:
-            fingerprint.check(job, model=self._model_now(timeout_s))
+        try:
+            fingerprint.check(job)  # before anybody is waited for
+            if len(commit.committed_chunks(job.store)) < job.plan.chunks:
+                fingerprint.check(job, model=self._model_now(timeout_s))
+        except PlanChanged as err:
+            if isinstance(job.store, RetryStore):
+                way_out = f"put that back, or `nograd backfill retry {self.out} --give-up` ends this retry as it stands"
+                raise PlanChanged(f"{err.message}; {way_out}") from err
+            raise
         commit.settle_all(job.store, job.plan)
         self._go()
 
@@ -219,6 +225,24 @@ class Backfill:
         plan = plans.save(store, draft).plan
         self._go()
         return plan
+
+    def give_up_retry(self) -> int:
+        """End a retry that cannot or shall not go on: the rows it has not run failed as they had before.
+
+        What it has committed stays, and `retry` may run the others again, with the model as it is then.
+
+        Returns:
+            Rows it has not run.
+
+        Raises:
+            BackfillError: if no retry is under way.
+            OutputError: if the folder cannot be written.
+        """
+        stage = self._stages.last()
+        if isinstance(stage.job.store, RetryStore):
+            with contextlib.suppress(BrokerUnavailable), self._client.broker.errors():
+                stage.window.wish = "cancel"  # nobody need run a chunk of it to the end
+        return give_up(self.job)
 
     def run(
         self,

@@ -140,18 +140,28 @@ def resume(run: Run, *, out: str, error_budget: str | None, timeout: float, deta
 @command
 @click.argument("out")
 @click.option("--only", metavar="TYPE[,TYPE]", help="Types of errors, as `errors` shows them; default: all.")
+@click.option("--give-up", is_flag=True, help="End an unfinished retry; the rows it has not run stay failed.")
 @_TIMEOUT
 @_DETACH
-def retry(run: Run, *, out: str, only: str | None, timeout: float, detach: bool) -> int:
+def retry(run: Run, *, out: str, only: str | None, give_up: bool, timeout: float, detach: bool) -> int:
     """Run the failed rows of a finished backfill again, and stay to the end.
 
     Rows that succeed now join OUT/parts; nothing else changes. The model may be a mended one, the inputs are the same.
-    A retry that was interrupted is gone on with. Exit code 0 if every row has a prediction in the end.
+    A retry that was interrupted is gone on with, unless the model is another one by now: --give-up ends it, and `retry`
+    then begins one with that model. Exit code 0 if every row has a prediction in the end.
     """
     from nograd.tasks.backfill.fingerprint import model_changes
 
+    if give_up and (only or detach):
+        raise click.UsageError("--give-up ends a retry; it takes neither --only nor --detach")
     with run.client() as client:
         job = client.backfill_at(out)
+        if give_up:
+            rows = job.give_up_retry()
+            now = job.status()
+            text = f"{rows:,} rows were not run again; {now.progress.rows_err:,} have no prediction"
+            run.emit(now.as_json(), text)
+            return OK
         plan = job.retry(_names(only or ""), timeout_s=timeout)
         if plan is None:
             now = job.status()

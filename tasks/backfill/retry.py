@@ -5,20 +5,26 @@ A retry is a backfill of its own, of the failed rows alone, in the same folder: 
 is, and the dataset ``out/parts`` gains the rows that succeed now: every row is in it once at most.
 
 Whatever works on a backfill works on a retry: it is a `plan.Job` on a `RetryStore`.
+
+A retry that cannot go on, because the model is another one by now, is given up (`give_up`): the rows it has not run
+failed as they had before, by a commit like any other, so that a worker that still runs them loses.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nograd.tasks.errors import BackfillError, NotFinished, PlanChanged
 
-from . import commit
+from . import commit, layout
 from .draft import draft
 from .failures import failures
+from .finalize import finalize
+from .output import PartWriter
 from .plan import Draft, Job, ModelIdentity, find
-from .rows import RowFailure
+from .rows import RowFailure, Slice
 from .sources import survey
 from .sources.base import ROW
 from .store import Store
@@ -27,8 +33,9 @@ from .store_retry import RetryStore
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    import pyarrow as pa
 else:
-    from .extra import np
+    from .extra import np, pa
 
 
 def retries(store: Store, known: int = 0) -> list[Job]:
@@ -123,3 +130,44 @@ def draft_retry(
     if made.plan.inputs.sha256 != plan.inputs.sha256 or made.plan.source != spec:
         raise PlanChanged(f"the inputs of {job.store.url} changed since its plan was made")
     return RetryStore(job.store, len(before) + 1), made
+
+
+def give_up(job: Job) -> int:
+    """End the retry that is not finished as it stands; what it has committed stays.
+
+    Args:
+        job: the backfill itself.
+
+    Returns:
+        Rows it has not run.
+
+    Raises:
+        BackfillError: if there is no such retry.
+        OutputError: if the folder cannot be written; what is not given up then can be later.
+    """
+    every = retries(job.store)
+    again = every[-1] if every else job
+    if not every or again.store.size(layout.SUCCESS) is not None:
+        raise BackfillError(f"{job.store.url}: no retry is under way")
+    failed, rows = remaining(job, len(every) - 1), 0
+    done = set(commit.committed_chunks(again.store))
+    for chunk in range(again.plan.chunks):
+        if chunk not in done:
+            given_up = [failed[row] for row in sorted(rows_of(again, [chunk]))]
+            rows += len(given_up) if _commit_failed(again, chunk, given_up) else 0
+    finalize(again)
+    return rows
+
+
+def _commit_failed(again: Job, chunk: int, rows: list[RowFailure]) -> bool:
+    """Commit a chunk without a prediction; False if somebody has committed it with some."""
+    schema = again.plan.source.schema.to_arrow()
+    nothing = pa.RecordBatch.from_arrays([pa.nulls(len(rows), field.type) for field in schema], schema=schema)
+    numbers = pa.array([failure.row for failure in rows], pa.int64())
+    writer = PartWriter(again.plan, chunk, len(rows))
+    writer.add(Slice(0, nothing, numbers, dict(enumerate(rows))), [])
+    now = time.time()
+    return commit.commit(
+        again.store, again.plan, chunk, writer.finish(),
+        started_at=now, ended_at=now, worker="none", deviations=["given up before it was run"],
+    ).won  # fmt: skip

@@ -224,6 +224,30 @@ def test_changed_inputs_and_changed_weights_are_refused(empty, csv, tmp_path):
     assert not (tmp_path / "fresh" / "_commits").exists()
 
 
+def test_a_retry_under_other_weights_is_refused_with_a_way_out_that_works(empty, csv, tmp_path):
+    job = backfill(empty, csv, tmp_path / "out")
+    with empty.worker():
+        job.run(interval_s=0.05)
+        empty.gate.touch()
+        job.retry()
+        job.pause()
+    empty.gate.unlink()
+    with empty.worker(weights="bb"):
+        with pytest.raises(
+            PlanChanged, match=r"weights was aa, is bb; put that back, or `nograd backfill retry .*/out --g"
+        ):
+            job.retry()
+        assert job.give_up_retry() == 11
+        now = job.status()
+        assert (now.state, now.retries, now.progress.rows_err) == ("done", 1, 11)
+        assert [each.rows for each in job.errors()] == [10, 1]
+        assert job.verify().problems == []
+        assert job.retry().model.parts == {"weights": "bb"}
+        assert job.follow(interval_s=0.05).progress.rows_err == 11
+    with pytest.raises(BackfillError, match="no retry is under way"):
+        job.give_up_retry()
+
+
 def test_an_output_within_the_inputs_an_unknown_model_and_an_empty_source_are_refused(backfills, csv, tmp_path):
     with pytest.raises(OutputError, match="is among the inputs"):
         backfills.client.backfill("doubler", csv.parent, csv.parent / "out").start()

@@ -58,6 +58,19 @@ def test_failed_rows_are_1_and_errors_shows_why(backfills, csv, tmp_path):
     assert "is negative" in nograd(backfills, "errors", tmp_path / "out")[1]
 
 
+def test_a_retry_is_given_up(backfills, csv, tmp_path):
+    asked(backfills, csv, tmp_path / "out")
+    code, _, err = nograd(backfills, "retry", tmp_path / "out", "--give-up")
+    assert (code, "no retry is under way" in err) == (2, True)
+    assert nograd(backfills, "retry", tmp_path / "out", "--give-up", "--only", "x")[0] == 2
+    backfills.gate.touch()
+    assert nograd(backfills, "retry", tmp_path / "out", "--detach")[0] == 0
+    code, out, _ = nograd(backfills, "retry", tmp_path / "out", "--give-up", "--json")
+    backfills.gate.unlink()
+    document = json.loads(out)
+    assert (code, document["state"], document["rows_err"], document["retries"]) == (0, "done", 11, 1)
+
+
 def test_plan_says_what_it_takes_and_writes_only_into_out(backfills, csv, tmp_path):
     words = ("--id", "k", "--columns", "x", "--json")
     code, out, _ = nograd(backfills, "plan", "doubler", csv, *words)

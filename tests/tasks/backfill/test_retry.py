@@ -11,7 +11,7 @@ from nograd.tasks.backfill.commit import committed_chunks, records
 from nograd.tasks.backfill.failures import clusters, failures
 from nograd.tasks.backfill.finalize import finalize
 from nograd.tasks.backfill.plan import ModelIdentity
-from nograd.tasks.backfill.retry import draft_retry, remaining, retries
+from nograd.tasks.backfill.retry import draft_retry, give_up, remaining, retries
 from nograd.tasks.backfill.store import open_store
 from nograd.tasks.backfill.verify import verify, verify_all
 from nograd.tasks.errors import BackfillError, NotFinished, OutputFull, PlanChanged
@@ -152,3 +152,30 @@ def test_nothing_is_retried_before_the_backfill_is_finished(tmp_path):
     made = run(planned(tmp_path / "in.csv", tmp_path / "out", rows_per_chunk=50), failing(4), chunks=[0])
     with pytest.raises(NotFinished, match="is not finished: resume it first"):
         draft_retry(made, rows_per_chunk=2)
+
+
+def test_a_retry_that_is_given_up_keeps_what_it_has_and_whoever_still_runs_it_loses(job):
+    before = remaining(job)
+    again = plans.save(*draft_retry(job, rows_per_chunk=2, model=ModelIdentity(name="other")))
+    run(again, chunks=[0])
+    assert give_up(job) == 3
+    assert remaining(job) == {row: why for row, why in before.items() if row not in {3, 4}}
+    assert ids(job) == sorted(f"id{i}" for i in range(1000) if i not in {5, 500, 777})
+    run(again)  # a worker that was slow
+    assert ids(job) == sorted(f"id{i}" for i in range(1000) if i not in {5, 500, 777})
+    report = verify_all(job)
+    assert (report.problems, report.rows_ok, report.rows_err) == ([], 997, 3)
+    third = plans.save(*draft_retry(job, rows_per_chunk=10))
+    finalize(run(third))
+    assert ids(job) == sorted(f"id{i}" for i in range(1000) if i != 500)
+    assert list(remaining(job)) == [500]
+    assert verify_all(job).problems == []
+
+
+def test_nothing_is_given_up_but_a_retry_that_is_not_finished(job):
+    with pytest.raises(BackfillError, match="no retry is under way"):
+        give_up(job)
+    again = plans.save(*draft_retry(job, rows_per_chunk=2))
+    finalize(run(again))
+    with pytest.raises(BackfillError, match="no retry is under way"):
+        give_up(job)
