@@ -60,9 +60,8 @@ def read_outcome(meta: Mapping[str, Any]) -> Outcome:
     state, result = meta["status"], meta.get("result")
     timings = read_timings(meta.get("timings"))
     if state == states.REVOKED:
-        return Outcome(
-            state, error=JobCancelled(f"the job was cancelled or had expired: {_message(result) or 'revoked'}")
-        )
+        why = JobCancelled(f"the job was cancelled or had expired: {_message(result) or 'revoked'}")
+        return Outcome(state, error=why, timings=timings)
     if state == states.FAILURE:
         return Outcome(state, error=_error_of_result(result), timings=timings)
     return Outcome(state, value=result if state == states.SUCCESS else None, timings=timings)

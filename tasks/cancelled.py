@@ -1,4 +1,4 @@
-"""Which jobs were cancelled, for workers that were not up to hear it: a zset in Redis, bounded in time and number."""
+"""Which jobs were cancelled, for workers that could not hear it then: a zset in Redis, bounded in time and number."""
 
 from __future__ import annotations
 

@@ -63,13 +63,13 @@ class ModelFileError(ConfigError):
     code = "model_file"
 
 
-class MissingExtra(ConfigError):  # noqa: N818 - a state, as the caller sees it
+class MissingExtra(ConfigError):
     """A library that only some uses need is not installed."""
 
     code = "missing_extra"
 
 
-class BrokerUnavailable(NogradError):  # noqa: N818 - a state, as the caller sees it
+class BrokerUnavailable(NogradError):
     """Redis did not answer, or not any more.
 
     A connection that breaks while jobs are on their way leaves open which of them were accepted.
@@ -79,14 +79,14 @@ class BrokerUnavailable(NogradError):  # noqa: N818 - a state, as the caller see
     retryable = True
 
 
-class ResultTimeout(NogradError, TimeoutError):  # noqa: N818 - a state, as the caller sees it
+class ResultTimeout(NogradError, TimeoutError):
     """The job has no outcome yet. It goes on; ask again."""
 
     code = "result_timeout"
     retryable = True
 
 
-class UnknownModel(NogradError):  # noqa: N818 - a state, as the caller sees it
+class UnknownModel(NogradError):
     """No model of that name is in the model file or was ever registered by a worker."""
 
     code = "unknown_model"
@@ -104,7 +104,7 @@ class SourceError(BackfillError):
     code = "source"
 
 
-class PlanChanged(BackfillError):  # noqa: N818 - a state, as the caller sees it
+class PlanChanged(BackfillError):
     """The inputs, the model or the parameters are not those the plan was made for; the message says what changed."""
 
     code = "plan_changed"
@@ -116,33 +116,33 @@ class OutputError(BackfillError):
     code = "output"
 
 
-class OutputFull(OutputError):  # noqa: N818 - a state, as the caller sees it
+class OutputFull(OutputError):
     """No space is left for the output. Nothing of the chunk was committed; make room and resume."""
 
     code = "output_full"
     retryable = True
 
 
-class NotFinished(BackfillError):  # noqa: N818 - a state, as the caller sees it
+class NotFinished(BackfillError):
     """Chunks are still missing; the message says how many."""
 
     code = "not_finished"
     retryable = True
 
 
-class BudgetExceeded(BackfillError):  # noqa: N818 - a state, as the caller sees it
+class BudgetExceeded(BackfillError):
     """More rows failed than the error budget allows; the message says how many."""
 
     code = "budget_exceeded"
 
 
-class BackfillCancelled(BackfillError):  # noqa: N818 - a state, as the caller sees it
+class BackfillCancelled(BackfillError):
     """Somebody cancelled the backfill. What is committed stays, and it can be resumed."""
 
     code = "backfill_cancelled"
 
 
-class VerificationFailed(BackfillError):  # noqa: N818 - a state, as the caller sees it
+class VerificationFailed(BackfillError):
     """The committed output is not what its records say; the message lists the differences."""
 
     code = "verification_failed"
@@ -154,49 +154,49 @@ class JobError(NogradError):
     code = "job_failed"
 
 
-class InvalidInput(JobError):  # noqa: N818 - a state, as the caller sees it
+class InvalidInput(JobError):
     """The input is not what the model takes. Running it again cannot help."""
 
     code = "invalid_input"
 
 
-class ModelFailed(JobError):  # noqa: N818 - a state, as the caller sees it
+class ModelFailed(JobError):
     """The model raised on this input, alone in its batch."""
 
     code = "model_failed"
 
 
-class OutputMismatch(JobError):  # noqa: N818 - a state, as the caller sees it
+class OutputMismatch(JobError):
     """The model did not return exactly one output for this input, alone in its batch."""
 
     code = "output_mismatch"
 
 
-class NonFiniteOutput(JobError):  # noqa: N818 - a state, as the caller sees it
+class NonFiniteOutput(JobError):
     """The prediction holds NaN or infinity, and the model file does not let such out (``nonfinite_output``)."""
 
     code = "nonfinite_output"
 
 
-class DeadlinePassed(JobError):  # noqa: N818 - a state, as the caller sees it
+class DeadlinePassed(JobError):
     """The job waited longer than its ``timeout_s`` before the device was free for it."""
 
     code = "deadline_passed"
 
 
-class JobCancelled(JobError):  # noqa: N818 - a state, as the caller sees it
+class JobCancelled(JobError):
     """The job was revoked or had expired before it ran."""
 
     code = "cancelled"
 
 
-class WorkerDied(JobError):  # noqa: N818 - a state, as the caller sees it
+class WorkerDied(JobError):
     """Every worker that had the job on its device, or in preparation, died. The job is in the dead letters."""
 
     code = "worker_died"
 
 
-class Overloaded(JobError):  # noqa: N818 - a state, as the caller sees it
+class Overloaded(JobError):
     """The device was out of memory, also for this input alone; the worker retries the job with backoff."""
 
     code = "overloaded"

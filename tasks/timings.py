@@ -5,8 +5,9 @@ message they are those of the whole message; only ``device_s`` counts its own ba
 them is waiting.
 
 In Redis they are one more key, ``timings``, of Celery's own metadata of the result (`nograd.tasks.backend`); in the
-events ``task-succeeded``, ``task-failed`` and ``task-retried`` one more field of that name (`nograd.tasks.request`).
-Neither has them if the job never came to the pool: revoked or expired before, or unreadable for Celery.
+events ``task-succeeded``, ``task-failed``, ``task-retried`` and ``task-revoked`` one more field of that name
+(`nograd.tasks.request`). Neither has them if the job never came to the pool: revoked or expired before, or unreadable
+for Celery.
 """
 
 from __future__ import annotations

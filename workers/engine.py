@@ -27,7 +27,7 @@ from weakref import WeakKeyDictionary
 import torch
 from celery.worker.state import maybe_shutdown
 
-from nograd.tasks.errors import ConfigError, DeadlinePassed, InvalidInput, JobError, ModelFileError, NogradError
+from nograd.tasks.errors import ConfigError, InvalidInput, JobError, ModelFileError, NogradError
 from nograd.tasks.keys import SAFE_SIZE_TTL_S
 from nograd.tasks.modelfile import ModelFile
 from nograd.tasks.predict import Outcome
@@ -40,10 +40,11 @@ from .memory import MemoryBudget
 from .models import HostedModel, open_model
 from .models.version import fingerprint, identify
 from .models.warmup import warm_up
-from .outputs import finish
+from .outputs import finish, too_late
 from .resources import show_size
 from .risk import Risks
 from .stopwatch import Forward
+from .trace import as_job_error
 from .watchdog import Activities
 
 logger = logging.getLogger(__name__)
@@ -447,7 +448,7 @@ def _jobs(items: Sequence[Item]) -> list[Any]:
 
 
 def _pass_deadline(item: Item) -> None:
-    item.job.resolve(item.index, Outcome(error=DeadlinePassed("no prediction within the job's timeout_s")))
+    item.job.resolve(item.index, too_late())
 
 
 def as_invalid(err: BaseException) -> NogradError:
@@ -458,7 +459,7 @@ def as_invalid(err: BaseException) -> NogradError:
 def _fail(batch: Batch, err: BaseException) -> None:
     for item in batch.items:
         try:
-            item.job.resolve(item.index, Outcome(error=JobError(f"{type(err).__name__}: {err}")))
+            item.job.resolve(item.index, Outcome(error=as_job_error(err)))
         except BaseException:
             logger.critical("an item could not even fail", exc_info=True)
 

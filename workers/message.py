@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nograd.tasks.errors import DeadlinePassed, JobError
+from nograd.tasks.errors import JobError
 from nograd.tasks.predict import Outcome
 
 from .handle import Handle
 from .models import HostedModel
-from .outputs import finish
+from .outputs import finish, too_late
 from .stopwatch import Forward, Stopwatch
 from .trace import Callbacks, TraceArgs
 
@@ -96,7 +96,7 @@ class Message(Handle):
     def expire(self) -> None:
         """Its time is over: resolve every item that has no outcome yet."""
         for index in range(len(self._outcomes)):
-            self.resolve(index, Outcome(error=DeadlinePassed("no prediction within the job's timeout_s")))
+            self.resolve(index, too_late())
 
     @property
     def complete(self) -> bool:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from nograd.tasks.errors import ModelFailed, NogradError, NonFiniteOutput
+from nograd.tasks.errors import DeadlinePassed, ModelFailed, NogradError, NonFiniteOutput
 from nograd.tasks.predict import Outcome
 
 from .models import HostedModel
@@ -33,6 +33,11 @@ def finish(model: HostedModel, output: Any, params: Mapping[str, Any]) -> Outcom
         return Outcome(error=err)
     except BaseException as err:  # noqa: BLE001 - a model's own code; its item fails
         return Outcome(error=ModelFailed(f"finish raised {type(err).__name__}: {err}"))
+
+
+def too_late() -> Outcome:
+    """The outcome of an input whose job's time is over."""
+    return Outcome(error=DeadlinePassed("no prediction within the job's timeout_s"))
 
 
 def _is_finite(value: Any) -> bool:

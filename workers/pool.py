@@ -28,7 +28,6 @@ from typing import Any, NoReturn
 from celery import states
 from celery.app.task import Context
 from celery.concurrency.base import BasePool
-from celery.signals import worker_ready
 from celery.worker import state
 from celery.worker.state import revoked
 from kombu import Queue
@@ -182,7 +181,6 @@ class TaskPool(BasePool):  # type: ignore[misc]
         for crew in (self.settler, self.preparer, self._tasks, self._withdrawn, self._backfill, self.hosting):
             crew.start()
         self.sizes.start()
-        worker_ready.connect(self._recall_cancelled)
         self.watchdog.start()
         transport.watch(self._makes_progress)
         self._warn_of_small_batches()
@@ -380,17 +378,20 @@ class TaskPool(BasePool):  # type: ignore[misc]
 
     # -- what others may know ----------------------------------------------------------------------------------------
 
-    def _recall_cancelled(self, **_: Any) -> None:
-        """Hear of the jobs that were cancelled while this worker could not.
+    def register_with_event_loop(self, loop: Any) -> None:
+        """Celery's consumer begins with a connection: its first one, or another after that was lost."""
+        # Before a message is read from it; and once it listens to remote control, which this very turn begins with.
+        # Whoever cancels writes it down first: so it is either read or heard.
+        loop.call_soon(self._recall_cancelled)
+        loop.call_soon(loop.call_soon, self._recall_cancelled)
 
-        Called when the worker listens to remote control already and has not got a message yet: whoever cancels writes
-        it down first, so it is either read here or heard.
-        """
+    def _recall_cancelled(self) -> None:
+        """Read which jobs were cancelled while this worker could not hear it: on its loop, where Celery keeps them."""
         try:
             for task_id in cancelled.recall(self.app.backend.client):
                 revoked.add(task_id)
         except Exception as err:  # noqa: BLE001 - no Redis backend, or any trouble with it; jobs do not depend on it
-            logger.warning("jobs that were cancelled before this worker was up may run: %s", err)
+            logger.warning("jobs that were cancelled while this worker had no connection may run: %s", err)
 
     def _names(self, file: ModelFile) -> list[str]:
         """The models whose queues this worker consumes (``-Q`` narrows them)."""

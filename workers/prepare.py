@@ -21,7 +21,7 @@ import msgspec
 from kombu.serialization import loads, prepare_accept_content
 
 from nograd.tasks import transport
-from nograd.tasks.errors import DeadlinePassed, InvalidInput, JobError, NogradError, UnknownModel
+from nograd.tasks.errors import InvalidInput, JobError, NogradError, UnknownModel
 from nograd.tasks.keys import PREDICT_TASK
 from nograd.tasks.payloads import decode_input
 from nograd.tasks.predict import Outcome, TimeoutS
@@ -32,6 +32,7 @@ from .engine import as_invalid
 from .intake import Intake
 from .message import UNREADABLE, Message
 from .models import HostedModel
+from .outputs import too_late
 from .risk import Risks, is_risky_to_prepare
 from .settle import Settler
 from .trace import as_job_error
@@ -144,6 +145,9 @@ class Preparer:
         except NogradError as err:
             self._settler.submit(message, Outcome(error=err))
             return
+        if message.deadline is not None and time.monotonic() >= message.deadline:
+            self._settler.submit(message, too_late())
+            return
         self._intake.read(len(inputs), bulk=message.bulk)
         if inputs:
             message.expect(len(inputs), self._settler.submit)
@@ -224,8 +228,6 @@ class Preparer:
         message.params = {**message.model.spec.params, **(call.params or {})}
         message.many = call.many
         message.timeout_s = _timeout_s(message.model, call)
-        if message.deadline is not None and time.monotonic() >= message.deadline:
-            raise DeadlinePassed("no prediction within the job's timeout_s")
         return call.input if call.many else [call.input]
 
     def _decode(self, message: Message) -> tuple[Any, Any, Any]:

@@ -5,6 +5,9 @@ Laws:
 * While code that may crash runs over a message, Redis knows that it does: if the process dies, that message counts a
   death, and comes back to run alone.
 * Nothing that may crash runs beside a message that runs alone. So a second death is its own fault, or not its fault.
+* While the device is busy, the messages of a forward are named until the next one begins, moments after. A process that
+  dies just then counts a death for those of them that are not acknowledged yet, although it was not over them: they run
+  alone once more than they had to, and by the law above nothing else follows from it.
 * The time limit of a model is one input's: it begins anew with each.
 """
 

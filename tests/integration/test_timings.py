@@ -117,12 +117,33 @@ def test_the_model_s_version_is_the_registered_one(client):
     assert {name: model["version"] for name, model in pool["models"].items()} == versions
 
 
-def test_a_job_that_never_ran_has_none(client):
-    front = client.submit("slow", 0.8)
-    job = client.submit("slow", 0, expires_s=0.2)
+def test_a_job_that_never_came_to_the_pool_has_none(client):
+    job = send(client, 0, expires=-1)
     assert isinstance(job.exception(TIMEOUT), errors.JobCancelled)
     assert job.timings(TIMEOUT) is None
-    front.result(TIMEOUT)
+
+
+def test_a_job_that_is_revoked_in_the_worker_has_the_stages_it_got_through(client):
+    app, state = client.app, State()
+    with app.connection_for_read() as connection:
+        receiver = app.events.Receiver(connection, handlers={"*": state.event})
+        capture = receiver.itercapture(limit=None, timeout=TIMEOUT, wakeup=False)
+        next(capture)
+        front, running, waiting = (client.submit("slow", seconds) for seconds in (2, 0.3, 0))
+        tasks = [front.id, running.id, waiting.id]
+        while not all(state.tasks.get(each) and state.tasks[each].started for each in tasks):
+            next(capture)
+        waiting.cancel()
+        app.control.revoke(running.id, terminate=True)
+        for job in (running, waiting):
+            assert isinstance(job.exception(TIMEOUT), errors.JobCancelled)
+            timings = job.timings(TIMEOUT)
+            assert (timings.batches, timings.device_s) == (0, 0.0)
+            assert timings.queue_s is not None
+            while not state.tasks[job.id].ready:
+                next(capture)
+            assert read_timings(state.tasks[job.id].timings) == timings
+        front.result(TIMEOUT)
 
 
 def test_a_stock_sender_gives_no_time_of_sending_and_reads_its_result_as_ever(client, redis_url):

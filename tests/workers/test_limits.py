@@ -290,6 +290,22 @@ init = {{ job = "{unwanted.id}" }}
     worker.stop()
 
 
+def test_a_job_that_is_cancelled_while_a_worker_has_lost_its_connection_never_runs(client, start_worker, models):
+    """Nobody broadcasts it: the worker must read it again when it is back."""
+    unwanted, kept = (Message.of("hungry", value, value) for value in (1, 2))
+    worker = start_worker(models, "-Q", "nograd.hungry")
+    redis = client.app.backend.client
+    connected = worker.text().count("Connected to redis")
+    cancelled.remember(redis, [unwanted.id])
+    redis.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    until(lambda: worker.text().count("Connected to redis") > connected)
+    client.broker.publish_many([unwanted, kept])
+    assert client.result(kept.id, TIMEOUT) == 1
+    with pytest.raises(errors.JobCancelled):
+        client.result(unwanted.id, TIMEOUT)
+    worker.stop()
+
+
 def test_a_cancellation_is_written_down_before_it_is_broadcast(client, monkeypatch):
     redis, seen = client.app.backend.client, []
     broadcast = client.app.control.revoke

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 
 from nograd.tasks.errors import ConfigError
@@ -60,3 +64,14 @@ def test_what_the_user_has_set_is_left(monkeypatch):
     monkeypatch.setattr(resources, "usable_cores", lambda: 16)
     assert share_of_cores(4, {"OMP_NUM_THREADS": "2,1"}) == {"NOGRAD_THREADS": "4", "OMP_NUM_THREADS": "2,1"}
     assert share_of_cores(4, {"NOGRAD_THREADS": "9"}) == {"NOGRAD_THREADS": "9", "OMP_NUM_THREADS": "9"}
+
+
+@pytest.mark.parametrize(("given", "found"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_of_torch_sleep_between_operators_unless_told_otherwise(given, found):
+    """OpenMP says itself what it read when it was loaded."""
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    command = [sys.executable, "-c", "import nograd.workers.pool"]
+    done = subprocess.run(
+        command, env={**env, "OMP_DISPLAY_ENV": "TRUE", **given}, capture_output=True, text=True, check=True
+    )
+    assert f"OMP_WAIT_POLICY = '{found}'" in done.stdout + done.stderr
