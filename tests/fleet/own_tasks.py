@@ -11,6 +11,8 @@ import redis
 from celery import shared_task
 
 LOG = "own:log:{}"
+#: of a run that may end now
+GO_ON = "own:go-on:{}"
 KEEP_S = 600
 
 
@@ -102,7 +104,7 @@ class Triple:
 
 
 class Lingers:
-    """Takes as long as it is told, the first time it is asked: {"run": …, "seconds": …}."""
+    """Takes as long as it is told, the first time it is asked, or until `GO_ON`: {"run": …, "seconds": …}."""
 
     def load(self, device):
         pass
@@ -110,5 +112,8 @@ class Lingers:
     def forward(self, batch):
         for value in batch:
             if times(value["run"]) == 1:
-                time.sleep(value["seconds"])
+                ends = time.monotonic() + value["seconds"]
+                with store() as client:
+                    while time.monotonic() < ends and not client.exists(GO_ON.format(value["run"])):
+                        time.sleep(0.02)
         return [value["run"] for value in batch]

@@ -26,8 +26,16 @@ def until(condition: Callable[[], T], what: object = "it does not come true", se
     return value
 
 
+def stand_at(path: str) -> None:
+    """Wait, in the process of a worker, until a gate is opened."""
+    with Path(f"{path}.reached").open("a") as note:
+        note.write(".")
+    while not Path(path).exists():
+        time.sleep(0.01)
+
+
 class Gate:
-    """Where inputs of `fleet_of_tests.Waits` stand until somebody opens it; its text is such an input."""
+    """Where inputs of a model ``waits`` stand until somebody opens it; its text is such an input."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -36,9 +44,10 @@ class Gate:
         return str(self._path)
 
     @property
-    def reached(self) -> bool:
-        """Whether an input has come to a device with it."""
-        return Path(f"{self}.reached").exists()
+    def reached(self) -> int:
+        """How many inputs have come to it."""
+        note = Path(f"{self}.reached")
+        return len(note.read_bytes()) if note.exists() else 0
 
     def open(self) -> None:
         """Let them go on."""

@@ -9,6 +9,7 @@ from PIL import Image
 import seed_data
 from nograd.producer import Client
 from nograd.tasks.errors import InvalidInput, JobError, ResultTimeout, UnknownModel
+from waiting import PATIENCE_S
 
 INPUTS = seed_data.EXAMPLES / "inputs"
 DIGIT = seed_data.example_inputs()["digits"][0]
@@ -66,16 +67,16 @@ def test_a_bad_input_fails_its_job_and_its_neighbours_go_on(client, worker, mode
     good = INPUTS / good if model in {"photos", "digits"} else good
     before, bad, after = client.submit(model, good), client.submit(model, value), client.submit(model, good)
     with pytest.raises(InvalidInput, match=f"(?i){says}"):
-        bad.result(60)
-    assert before.result(60) == after.result(60)
+        bad.result(PATIENCE_S)
+    assert before.result(PATIENCE_S) == after.result(PATIENCE_S)
     assert worker.alive()
 
 
 def test_a_bad_parameter_is_named(client):
     with pytest.raises(InvalidInput, match="max_new_token"):
-        client.submit("gpt2", "The quick", params={"max_new_token": 5}).result(60)
+        client.submit("gpt2", "The quick", params={"max_new_token": 5}).result(PATIENCE_S)
     with pytest.raises(InvalidInput, match="nonsense"):
-        client.submit("regression", ROW, params={"nonsense": 1}).result(60)
+        client.submit("regression", ROW, params={"nonsense": 1}).result(PATIENCE_S)
 
 
 def test_an_unknown_model_fails_at_once_at_the_client(client):
@@ -84,7 +85,7 @@ def test_an_unknown_model_fails_at_once_at_the_client(client):
 
 
 def test_a_bad_item_in_a_packed_message_costs_only_itself(client):
-    answers = list(client.map("regression", [ROW, [1.0], ROW, "x", ROW], return_exceptions=True, timeout=60))
+    answers = list(client.map("regression", [ROW, [1.0], ROW, "x", ROW], return_exceptions=True, timeout=PATIENCE_S))
     assert [isinstance(answer, JobError) for answer in answers] == [False, True, False, True, False]
     assert answers[0] == answers[2] == answers[4]
 
@@ -101,4 +102,4 @@ def test_a_job_waits_while_no_worker_serves_its_queue_and_runs_when_one_comes(re
         with pytest.raises(ResultTimeout):
             job.result(0.5)
         start_worker(tmp_path / "models.toml", cwd=folder)
-        assert job.result(60) == client.submit("late", ROW).result(60)
+        assert job.result(PATIENCE_S) == client.submit("late", ROW).result(PATIENCE_S)

@@ -8,7 +8,6 @@ import contextlib
 import json
 import shutil
 import threading
-import time
 import uuid
 
 import pytest
@@ -19,8 +18,8 @@ import fleet_of_tests
 from nograd.producer.embedded import EmbeddedRedis
 from nograd.tasks import PREDICT_TASK, create_app
 from nograd.tasks.settings import Settings
-
-TIMEOUT = 60
+from waiting import PATIENCE_S as TIMEOUT
+from waiting import until
 
 APP = """
 from celery.signals import task_success
@@ -111,13 +110,6 @@ def run_jobs(start_worker, folder, *, complete, extended, events):
         app.close()
         assert worker.stop() == 0
     return results, lifetimes, by_job(seen), stats["pool"]["settled"]
-
-
-def until(wanted):
-    deadline = time.monotonic() + TIMEOUT
-    while not wanted():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,11 @@
 """Flower shows jobs, workers and how much waits, through our transport."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 
@@ -14,6 +14,7 @@ import pytest
 import fleet_of_tests
 from nograd.producer import Client
 from nograd.producer.embedded import free_port
+from waiting import PATIENCE_S, until
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fleet")
     shutil.copy(fleet_of_tests.__file__, folder)
     path = folder / "models.toml"
-    path.write_text('[slow]\nloader = "python"\nclass = "fleet_of_tests:Slow"\nbatch = { max_items = 1 }\n')
+    path.write_text('[waits]\nloader = "python"\nclass = "fleet_of_tests:Waits"\nbatch = { max_items = 1 }\n')
     return path
 
 
@@ -47,62 +48,46 @@ def flower(redis_url, client, tmp_path_factory):
     def get(path, body=None):
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data=data)
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
             return answer.read().decode()
 
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            get("/healthcheck")
-            break
-        except (urllib.error.URLError, ConnectionError):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+    def answers():
+        assert process.poll() is None
+        with contextlib.suppress(urllib.error.URLError, ConnectionError):
+            return get("/healthcheck")
+
+    until(answers, "Flower does not start")
     yield get
     process.terminate()
-    process.wait(30)
+    process.wait(PATIENCE_S)
 
 
-def until(look, wanted):
-    deadline = time.monotonic() + 60
-    while not wanted(seen := look()):
-        assert time.monotonic() < deadline, seen
-        time.sleep(0.2)
-    return seen
-
-
-def test_queue_lengths_and_the_broker_page(client, flower):
-    jobs = [client.submit("slow", 1.0) for _ in range(8)]
+def test_queue_lengths_and_the_broker_page(client, flower, gate):
+    jobs = [client.submit("waits", str(gate)) for _ in range(8)]  # the worker takes one
 
     def lengths():
         return {queue["name"]: queue["messages"] for queue in json.loads(flower("/api/queues/length"))["active_queues"]}
 
-    seen = until(lengths, lambda lengths: 0 < lengths.get("nograd.slow", 0) < 8)
-    assert set(seen) == {"nograd.slow"}
+    until(lambda: lengths() == {"nograd.waits": 7})
     page = flower("/broker")
-    assert "nograd.slow" in page
+    assert "nograd.waits" in page
     assert "redis://" in page
-    for job in jobs:
-        job.cancel()
+    gate.open()
+    assert [job.result(PATIENCE_S) for job in jobs] == [str(gate)] * 8
 
 
 def test_a_job_is_shown_by_what_it_is_about_and_never_by_its_contents(client, flower):
-    job = client.submit("slow", 0)
-    assert job.result(60) == 0
+    job = client.submit("waits", None)
+    assert job.result(PATIENCE_S) is None
 
-    def shown():
-        return json.loads(flower(f"/api/task/info/{job.id}"))
+    def succeeded():
+        with contextlib.suppress(urllib.error.HTTPError):
+            task = json.loads(flower(f"/api/task/info/{job.id}"))
+            return task if task["state"] == "SUCCESS" else None
 
-    def known():
-        try:
-            return shown()
-        except urllib.error.HTTPError:
-            return {}
-
-    task = until(known, lambda task: task.get("state") == "SUCCESS")
+    task = until(succeeded)
     assert task["name"] == "nograd.predict"
-    assert task["args"] == "slow int"
+    assert task["args"] == "waits NoneType"
     assert task["worker"].startswith("test-")
     assert task["timings"]["batches"] == 1
     assert task["timings"]["worker"] == task["worker"]
@@ -111,6 +96,6 @@ def test_a_job_is_shown_by_what_it_is_about_and_never_by_its_contents(client, fl
 
 
 def test_flower_s_api_submits_predictions(client, flower):
-    body = {"args": ["slow", 0.25], "queue": "nograd.slow"}
+    body = {"args": ["waits", None], "queue": "nograd.waits"}
     task_id = json.loads(flower("/api/task/send-task/nograd.predict", body))["task-id"]
-    assert client.result(task_id, timeout=60) == 0.25
+    assert client.result(task_id, timeout=PATIENCE_S) is None

@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 
+from waiting import PATIENCE_S
+
 GOOD = '[m]\nloader = "module"\nclass = "fleet_of_tests:Dropout"\nweights = "w.pth"\n'
 
 
@@ -24,7 +26,7 @@ def refuse(redis_url, tmp_path, monkeypatch):
             [sys.executable, "-m", "celery", "-A", "nograd.tasks", "worker", "-c", "4", *args],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=PATIENCE_S,
             check=False,
             cwd=tmp_path,
         )

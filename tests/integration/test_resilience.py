@@ -16,6 +16,7 @@ from nograd.producer import Client
 from nograd.producer.embedded import EmbeddedRedis
 from nograd.tasks import transport
 from nograd.tasks.errors import WorkerDied
+from waiting import PATIENCE_S, until
 
 MODELS = """
 [killer]
@@ -24,9 +25,9 @@ class = "fleet_of_tests:Killer"
 batch = { max_items = 16 }
 hard_timeout_s = 5
 
-[slow]
+[waits]
 loader = "python"
-class = "fleet_of_tests:Slow"
+class = "fleet_of_tests:Waits"
 batch = { max_items = 1 }
 """
 
@@ -65,7 +66,7 @@ def launch(redis, models, tmp_path):
     yield launch
     for process in processes:
         process.terminate()
-        process.wait(60)
+        process.wait(PATIENCE_S)
 
 
 _slow = pytest.mark.slow
@@ -73,7 +74,7 @@ _slow = pytest.mark.slow
 
 def nograd(*args, redis):
     command = [sys.executable, "-m", "nograd.producer.cli", *args, "--json", "--redis", redis.url]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE_S).stdout
 
 
 @pytest.mark.parametrize(
@@ -94,9 +95,9 @@ def test_a_job_that_kills_workers_ends_in_the_dead_list_and_its_neighbours_succe
         jobs = client.submit_many("killer", [*range(20), how, *range(20, 40)])
         launch()
         with pytest.raises(WorkerDied, match=f"3 workers died over this job{says};"):
-            jobs[20].result(150)
+            jobs[20].result(PATIENCE_S)
         assert jobs[20].timings().deaths == 3
-        assert [job.result(60) for n, job in enumerate(jobs) if n != 20] == list(range(40))
+        assert [job.result(PATIENCE_S) for n, job in enumerate(jobs) if n != 20] == list(range(40))
         (letter,) = transport.DeadLetters(client.app.backend.client)
         assert letter["task_id"] == jobs[20].id
         assert letter["deliveries"] == 3
@@ -123,31 +124,31 @@ def test_a_killed_worker_loses_nothing(redis, models, start_worker, short_lease)
             before = done()
             worker = start_worker(models, redis_url=redis.url)
             # Past those that were on the device before: three deaths over one job would be its own fault.
-            while done() < before + 100:
-                time.sleep(0.05)
+            until(lambda before=before: done() >= before + 100)
             worker.process.send_signal(signal.SIGKILL)
             worker.process.wait()
         start_worker(models, redis_url=redis.url)
-        assert [job.result(120) for job in jobs] == list(range(600))
+        assert [job.result(PATIENCE_S) for job in jobs] == list(range(600))
 
 
-def test_a_worker_can_be_stopped_while_redis_is_away(redis, models, start_worker):
+def test_a_worker_can_be_stopped_while_redis_is_away(redis, models, start_worker, gate):
     worker = start_worker(models, redis_url=redis.url)
     with Client(redis.url, models=models) as client:
-        client.submit("slow", 2)
-        time.sleep(1)
+        client.submit("waits", str(gate))
+        until(lambda: gate.reached)
         os.kill(redis.process.pid, signal.SIGKILL)
         worker.process.terminate()
-        worker.process.wait(90)
+        gate.open()
+        worker.process.wait(PATIENCE_S)
 
 
-def test_a_cold_shutdown_waits_for_nothing(redis, models, start_worker):
+def test_a_cold_shutdown_waits_for_nothing(redis, models, start_worker, gate):
     worker = start_worker(models, redis_url=redis.url)
     with Client(redis.url, models=models) as client:
-        job = client.submit("slow", 60)
-        time.sleep(1)
+        job = client.submit("waits", str(gate))
+        until(lambda: gate.reached)
         worker.process.send_signal(signal.SIGQUIT)
-        worker.process.wait(30)
+        worker.process.wait(PATIENCE_S)  # the gate is closed
         assert job.state != "FAILURE"
 
 
@@ -155,12 +156,11 @@ def test_a_model_that_takes_long_to_load_can_be_interrupted(redis, models, start
     (tmp_path / "lazy.py").write_text(
         "import time\n"
         "class Lazy:\n"
-        "    def load(self, device): time.sleep(100)\n"
+        "    def load(self, device): time.sleep(1000)\n"
         "    def forward(self, batch): return batch\n"
     )
     models.write_text('[lazy]\nloader = "python"\nclass = "lazy:Lazy"\n')
     worker = start_worker(models, ready=False, redis_url=redis.url)
-    while "nograd.lazy" not in worker.text():
-        time.sleep(0.1)
+    until(lambda: "nograd.lazy" in worker.text())
     time.sleep(1)
-    assert worker.stop(timeout=30) == 0
+    assert worker.stop() == 0

@@ -8,6 +8,7 @@ import pytest
 import reference
 import seed_data
 from nograd.producer import Client
+from waiting import PATIENCE_S
 
 EXAMPLES = seed_data.EXAMPLES
 FILES = {"photos", "digits"}
@@ -42,7 +43,7 @@ def check(model, prediction, expected):
 @pytest.mark.parametrize("model", FULL)
 def test_a_batch_of_one(client, answers, model):
     for value, expected in answers[model]:
-        check(model, client.submit(model, as_sent(model, value)).result(60), expected)
+        check(model, client.submit(model, as_sent(model, value)).result(PATIENCE_S), expected)
 
 
 @pytest.mark.parametrize("model", FULL)
@@ -50,13 +51,13 @@ def test_full_batches_of_one_caller(client, answers, model):
     pairs = [random.Random(n).choice(answers[model]) for n in range(2 * FULL[model])]
     jobs = client.submit_many(model, [as_sent(model, value) for value, _ in pairs])
     for job, (_, expected) in zip(jobs, pairs, strict=True):
-        check(model, job.result(120), expected)
+        check(model, job.result(PATIENCE_S), expected)
 
 
 @pytest.mark.parametrize("model", FULL)
 def test_packed_messages_with_a_full_batch_in_each(client, answers, model):
     pairs = list(itertools.islice(itertools.cycle(answers[model]), FULL[model] + 5))
-    predictions = list(client.map(model, [as_sent(model, value) for value, _ in pairs], timeout=120))
+    predictions = list(client.map(model, [as_sent(model, value) for value, _ in pairs], timeout=PATIENCE_S))
     for prediction, (_, expected) in zip(predictions, pairs, strict=True):
         check(model, prediction, expected)
 
@@ -69,11 +70,11 @@ def test_mixed_callers_and_models(client, redis_url, answers):
             (client, other)[n % 2].submit(model, as_sent(model, value)) for n, (model, value, _) in enumerate(pairs)
         ]
         for job, (model, _, expected) in zip(jobs, pairs, strict=True):
-            check(model, job.result(120), expected)
+            check(model, job.result(PATIENCE_S), expected)
 
 
 def test_batches_really_were_larger_than_one(client):
-    (stats,) = client.app.control.inspect(timeout=30, limit=1).stats().values()
+    (stats,) = client.app.control.inspect(timeout=PATIENCE_S, limit=1).stats().values()
     largest = {name: numbers["largest_batch"] for name, numbers in stats["pool"]["models"].items()}
     # The client packs 64 inputs at most, so a batch of 256 depends on how quickly messages come in.
     assert {name: min(size, 64) for name, size in largest.items()} == {
@@ -86,7 +87,7 @@ def test_token_ids_are_those_of_the_seed_s_loop(client, answers):
 
     tokenizer = GPT2Tokenizer.from_pretrained(seed_data.WEIGHTS / "gpt2")
     for prompt, expected in answers["gpt2"]:
-        answer = client.submit("gpt2", prompt, params={"return_token_ids": True}).result(60)
+        answer = client.submit("gpt2", prompt, params={"return_token_ids": True}).result(PATIENCE_S)
         assert answer["text"] == expected
         assert len(answer["token_ids"]) == 50
         assert tokenizer.decode(tokenizer(prompt)["input_ids"] + answer["token_ids"]) == expected
@@ -96,6 +97,6 @@ def test_numpy_float64_in_the_model_s_dtype_inside(client, answers):
     import numpy as np
 
     rows = np.array([value for value, _ in answers["regression"]], dtype=np.float64)
-    predictions = [job.result(60) for job in client.submit_many("regression", rows)]
+    predictions = [job.result(PATIENCE_S) for job in client.submit_many("regression", rows)]
     for prediction, (_, expected) in zip(predictions, answers["regression"], strict=True):
         check("regression", prediction, expected)

@@ -17,8 +17,9 @@ import own_tasks
 from nograd.producer.embedded import EmbeddedRedis
 from nograd.tasks import create_app, errors
 from nograd.tasks.settings import Settings
+from waiting import PATIENCE_S as TIMEOUT
+from waiting import until
 
-TIMEOUT = 60
 FLEET = Path(own_tasks.__file__).parent
 MODELS = """
 [triple]
@@ -57,9 +58,19 @@ class Fleet:
         return self.app.send_task("nograd.predict", (model, value), queue=f"nograd.{model}", **options)
 
     def linger(self, seconds):
-        """A job that takes so long the first time it runs; its result is its own id."""
+        """A job that takes so long the first time it runs, or until `let_go`; its result is its own id."""
         task_id = uuid.uuid4().hex
         return self.send("lingers", {"run": task_id, "seconds": seconds}, task_id=task_id)
+
+    def on_the_device(self):
+        """A job that runs until `let_go`."""
+        job = self.linger(3600)
+        until(lambda: self.times(job))
+        return job
+
+    def let_go(self, job):
+        """It has lingered long enough."""
+        self.redis.set(own_tasks.GO_ON.format(job.id), 1, ex=own_tasks.KEEP_S)
 
     def times(self, result):
         """How often that job reached a device."""
@@ -70,7 +81,7 @@ class Fleet:
 
     def inspect(self, what):
         """What the only worker says."""
-        ((_, found),) = getattr(self.app.control.inspect(timeout=30, limit=1), what)().items()
+        ((_, found),) = getattr(self.app.control.inspect(timeout=TIMEOUT, limit=1), what)().items()
         return found
 
 
@@ -103,14 +114,6 @@ def narrow(models, start_worker):
         made.app.close()
 
 
-def until(condition, seconds=TIMEOUT):
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it does not come true"
-        time.sleep(0.02)
-    return value
-
-
 def ids(requests):
     return {request["id"] for request in requests}
 
@@ -121,16 +124,15 @@ def ids(requests):
 def test_a_job_with_an_eta_is_scheduled_until_then(shared):
     eta = datetime.now(UTC) + timedelta(seconds=2)
     result = shared.send("triple", 2, eta=eta)
-    (scheduled,) = until(lambda: shared.inspect("scheduled"))
-    assert scheduled["request"]["id"] == result.id
     assert result.get(timeout=TIMEOUT) == 6
     assert datetime.now(UTC) >= eta
-    assert shared.inspect("scheduled") == []
+    until(lambda: shared.inspect("scheduled") == [])
 
 
 def test_a_scheduled_job_can_be_revoked(shared):
     result = shared.send("triple", 2, countdown=3600)
-    until(lambda: shared.inspect("scheduled"))
+    (scheduled,) = until(lambda: shared.inspect("scheduled"))
+    assert scheduled["request"]["id"] == result.id
     shared.app.control.revoke(result.id)
     until(lambda: result.id in shared.inspect("revoked"))
     # Celery answers a revoked job when its time comes, not before; the client need not wait for that.
@@ -138,11 +140,12 @@ def test_a_scheduled_job_can_be_revoked(shared):
 
 
 def test_a_job_that_expires_in_the_queue_is_revoked_and_never_runs(narrow):
-    front = narrow.linger(1.5)
-    until(lambda: narrow.queued() == 0)
+    front = narrow.on_the_device()
     task_id = uuid.uuid4().hex
     late = narrow.send("lingers", {"run": task_id, "seconds": 0}, task_id=task_id, expires=0.5)
     assert narrow.queued() == 1
+    time.sleep(0.6)
+    narrow.let_go(front)
     front.get(timeout=TIMEOUT)
     until(lambda: late.state == "REVOKED")
     assert narrow.times(late) == 0
@@ -152,20 +155,22 @@ def test_a_job_that_expires_in_the_queue_is_revoked_and_never_runs(narrow):
 
 
 def test_a_job_revoked_in_the_queue_never_runs(narrow):
-    front = narrow.linger(1.5)
-    until(lambda: narrow.queued() == 0)
+    front = narrow.on_the_device()
     queued = narrow.linger(0)
     assert narrow.queued() == 1
     narrow.app.control.revoke(queued.id)
+    until(lambda: queued.id in narrow.inspect("revoked"))
+    narrow.let_go(front)
     front.get(timeout=TIMEOUT)
     until(lambda: queued.state == "REVOKED")
     assert narrow.times(queued) == 0
 
 
 def test_revoking_a_running_job_without_terminate_lets_it_end(shared):
-    running = shared.linger(1)
-    until(lambda: shared.times(running))
+    running = shared.on_the_device()
     shared.app.control.revoke(running.id)
+    until(lambda: running.id in shared.inspect("revoked"))
+    shared.let_go(running)
     assert running.get(timeout=TIMEOUT)
     assert running.state == "SUCCESS"
 
@@ -174,13 +179,15 @@ def test_revoking_a_running_job_without_terminate_lets_it_end(shared):
 
 
 def test_inspect_names_what_the_worker_holds(shared):
-    jobs = [shared.linger(1.5) for _ in range(3)]
+    jobs = [shared.linger(3600) for _ in range(3)]
     held = until(
         lambda: (found := ids(shared.inspect("active") + shared.inspect("reserved"))) and len(found) == 3 and found
     )
     assert held == {job.id for job in jobs}
     active = shared.inspect("active")
     assert {request["name"] for request in active} == {"nograd.predict"}
+    for job in jobs:
+        shared.let_go(job)
     assert all(job.get(timeout=TIMEOUT) for job in jobs)
     until(lambda: shared.inspect("active") + shared.inspect("reserved") == [])
 
@@ -193,7 +200,7 @@ def test_a_remote_shutdown_ends_the_worker_it_names_and_loses_nothing(fleet):
     assert leaving.process.wait(TIMEOUT) == 0
     assert all(job.get(timeout=TIMEOUT) for job in jobs)
     assert staying.alive()
-    assert list(fleet.app.control.inspect(timeout=5).ping()) == [staying.name]
+    until(lambda: list(fleet.app.control.inspect(timeout=2).ping() or ()) == [staying.name])
 
 
 # -- results and signals -----------------------------------------------------------------------------------------------
@@ -256,14 +263,14 @@ def test_a_job_that_never_works_fails_with_its_own_error_and_is_not_tried_again(
 
 def test_sigterm_gives_back_at_once_what_has_not_started_and_finishes_the_rest(fleet):
     worker = fleet.start()
-    first = fleet.linger(12)
-    until(lambda: fleet.times(first))
+    first = fleet.on_the_device()
     others = [fleet.linger(0) for _ in range(20)]
     until(lambda: fleet.queued() == 0)
     worker.process.send_signal(signal.SIGTERM)
-    until(lambda: fleet.queued() == 20, 11)  # while the first is still running
+    until(lambda: fleet.queued() == 20)
     assert worker.alive()  # it is still at the first
     assert not first.ready()
+    fleet.let_go(first)
     assert worker.process.wait(TIMEOUT) == 0
     assert first.get(timeout=TIMEOUT)
     fleet.start()
@@ -271,12 +278,13 @@ def test_sigterm_gives_back_at_once_what_has_not_started_and_finishes_the_rest(f
 
 
 def test_a_soft_shutdown_lets_short_jobs_end_and_gives_long_ones_back(fleet):
-    worker = fleet.start(conf={"worker_soft_shutdown_timeout": 3})
-    short = fleet.linger(1.5)
-    until(lambda: fleet.times(short))
+    worker = fleet.start(conf={"worker_soft_shutdown_timeout": 5})
+    short = fleet.on_the_device()
     long = fleet.linger(3600)
     until(lambda: fleet.queued() == 0)
     worker.process.send_signal(signal.SIGQUIT)
+    until(lambda: "Soft Shutdown" in worker.text(), worker.text)
+    fleet.let_go(short)
     worker.process.wait(TIMEOUT)
     assert short.state == "SUCCESS"
     assert not long.ready()
@@ -286,8 +294,7 @@ def test_a_soft_shutdown_lets_short_jobs_end_and_gives_long_ones_back(fleet):
 
 def test_a_cold_shutdown_loses_nothing(fleet):
     worker = fleet.start()
-    running = fleet.linger(3600)
-    until(lambda: fleet.times(running))
+    running = fleet.on_the_device()
     waiting = [fleet.linger(0) for _ in range(30)]
     until(lambda: fleet.queued() == 0)
     worker.process.send_signal(signal.SIGQUIT)

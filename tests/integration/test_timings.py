@@ -16,8 +16,8 @@ from nograd.producer.cli.root import cli
 from nograd.tasks import PREDICT_TASK, errors, registry
 from nograd.tasks.backend import RedisBackend
 from nograd.tasks.timings import read_timings
-
-TIMEOUT = 60
+from waiting import PATIENCE_S as TIMEOUT
+from waiting import until
 
 MODELS = """
 [spy]
@@ -32,6 +32,11 @@ class = "fleet_of_tests:Picky"
 [slow]
 loader = "python"
 class = "fleet_of_tests:Slow"
+batch = { max_items = 1 }
+
+[waits]
+loader = "python"
+class = "fleet_of_tests:Waits"
 batch = { max_items = 1 }
 """
 
@@ -74,12 +79,15 @@ def test_the_stages_fill_the_time_between_sending_and_result(client, worker):
     assert job.look().timings == timings
 
 
-def test_a_job_behind_another_waits_for_the_device(client):
-    jobs = client.submit_many("slow", [0.4, 0.4])
-    first, second = sorted((job.timings(TIMEOUT) for job in jobs), key=lambda timings: timings.batch_wait_s)
-    assert second.batch_wait_s >= 0.2
-    assert first.device_s >= 0.4
-    assert second.device_s >= 0.4
+def test_a_job_behind_another_waits_for_the_device(client, worker, gate):
+    first = client.submit("waits", str(gate))
+    until(lambda: gate.reached)
+    second = client.submit("waits", None)
+    until(lambda: client.broker.workers(TIMEOUT, [worker.name])[worker.name]["waiting_items"] == 1)
+    time.sleep(0.3)
+    gate.open()
+    assert second.timings(TIMEOUT).batch_wait_s >= 0.3
+    assert first.timings(TIMEOUT).device_s >= 0.3
 
 
 def test_the_batch_is_the_one_the_model_saw(client):
@@ -108,12 +116,12 @@ def test_a_failure_has_its_timings(client):
     assert unprepared.batches == 0
 
 
-def test_the_model_s_version_is_the_registered_one(client):
+def test_the_model_s_version_is_the_registered_one(client, worker):
     versions = {name: card.version for name, card in registry.known(client.app.backend.client).items()}
-    assert len(set(versions.values())) == 3
+    assert len(set(versions.values())) == 4
     assert client.models()["picky"].version == versions["picky"]
     assert client.submit("picky", 1).timings(TIMEOUT).model_version == versions["picky"]
-    (pool,) = client.broker.workers(30).values()
+    (pool,) = client.broker.workers(TIMEOUT, [worker.name]).values()
     assert {name: model["version"] for name, model in pool["models"].items()} == versions
 
 
@@ -123,18 +131,21 @@ def test_a_job_that_never_came_to_the_pool_has_none(client):
     assert job.timings(TIMEOUT) is None
 
 
-def test_a_job_that_is_revoked_in_the_worker_has_the_stages_it_got_through(client):
+def test_a_job_that_is_revoked_in_the_worker_has_the_stages_it_got_through(client, worker, gate):
     app, state = client.app, State()
     with app.connection_for_read() as connection:
         receiver = app.events.Receiver(connection, handlers={"*": state.event})
         capture = receiver.itercapture(limit=None, timeout=TIMEOUT, wakeup=False)
         next(capture)
-        front, running, waiting = (client.submit("slow", seconds) for seconds in (2, 0.3, 0))
+        front, running, waiting = (client.submit("waits", where) for where in (str(gate), None, None))
         tasks = [front.id, running.id, waiting.id]
         while not all(state.tasks.get(each) and state.tasks[each].started for each in tasks):
             next(capture)
         waiting.cancel()
         app.control.revoke(running.id, terminate=True)
+        inspect = app.control.inspect(timeout=TIMEOUT, limit=1)
+        until(lambda: {running.id, waiting.id} <= set(inspect.revoked()[worker.name]))
+        gate.open()
         for job in (running, waiting):
             assert isinstance(job.exception(TIMEOUT), errors.JobCancelled)
             timings = job.timings(TIMEOUT)

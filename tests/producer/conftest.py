@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import redis as redis_py
 from nograd.producer import Client
 from nograd.producer.embedded import EmbeddedRedis
 from nograd.tasks import registry
+from waiting import PATIENCE_S, until
 
 HERE = Path(__file__).parent
 
@@ -60,6 +60,32 @@ def served(served_url):
 
 
 @pytest.fixture
+def busy(served, gates):
+    """Jobs that keep all threads of the worker busy, each at its gate; `busy()` opens them all."""
+    stand = [gates() for _ in range(8)]
+    jobs = [served.submit("waits", str(gate)) for gate in stand]
+    until(lambda: all(gate.reached for gate in stand))
+
+    def end():
+        for gate in stand:
+            gate.open()
+        return [job.result(PATIENCE_S) for job in jobs] == [str(gate) for gate in stand]
+
+    return end
+
+
+@pytest.fixture
+def revoked(served):
+    """The ids of the jobs of which the worker has heard that they are cancelled: `revoked()`."""
+
+    def ask():
+        ((_, ids),) = served.app.control.inspect(timeout=PATIENCE_S, limit=1).revoked().items()
+        return ids
+
+    return ask
+
+
+@pytest.fixture
 def register():
     """Make models known, as a worker does: `register(client, name=kind, …)`."""
 
@@ -74,25 +100,26 @@ def register():
 
 
 @contextmanager
-def stand_in(url, timeout=60, app="stand_in", pool=("-P", "threads"), **extra):
+def stand_in(url, app="stand_in", pool=("-P", "threads"), **extra):
     """A worker process, from its registered models to its end."""
     argv = [sys.executable, "-m", "celery", "-A", app, "worker", *pool, "--without-mingle"]
-    env = {**os.environ, "NOGRAD_REDIS_URL": url, **extra}
+    shared = HERE.with_name("fleet")
+    env = {**os.environ, "NOGRAD_REDIS_URL": url, "PYTHONPATH": str(shared), **extra}
     log = tempfile.TemporaryFile()  # noqa: SIM115 - not a pipe: nobody reads it while the worker runs
     process = subprocess.Popen(argv, env=env, cwd=HERE, stdout=log, stderr=subprocess.STDOUT)
-    deadline = time.monotonic() + timeout
+
+    def said():
+        log.seek(0)
+        return log.read().decode()
+
     try:
         with log, redis_py.Redis.from_url(url) as connection:
-            while not registry.known(connection):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    process.kill()
-                    log.seek(0)
-                    pytest.fail(f"the worker does not start:\n{log.read().decode()}")
-                time.sleep(0.05)
+            until(lambda: registry.known(connection) or process.poll() is not None, said)
+            assert process.poll() is None, said()
             yield process
     finally:
         process.terminate()
-        process.wait(timeout=30)
+        process.wait(PATIENCE_S)
 
 
 class Backfills:

@@ -3,14 +3,13 @@
 Started by `conftest.stand_in`. What a model does is in its name; each counts what it is given.
 """
 
-import time
-
 from celery.signals import worker_ready
 from kombu import Queue
 
 from nograd.tasks import Settings, create_app, registry
 from nograd.tasks.errors import InvalidInput, ModelFailed
 from nograd.tasks.payloads import decode_input
+from waiting import stand_at
 
 app = create_app(Settings.from_env())
 app.conf.worker_pool = None
@@ -34,8 +33,9 @@ def total(value, params):
     return sum(value)
 
 
-def slow(value, params):
-    time.sleep(value)
+def waits(value, params):
+    if value is not None:
+        stand_at(value)
     return value
 
 
@@ -47,7 +47,7 @@ MODELS = {
     "echo": (echo, "json"),
     "image": (image, "image"),
     "total": (total, "rows"),
-    "slow": (slow, "json"),
+    "waits": (waits, "json"),
     "fails": (fails, "json"),
 }
 app.conf.task_queues = [Queue(f"nograd.{name}", routing_key=f"nograd.{name}") for name in MODELS]

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pyarrow.dataset
 import pyarrow.parquet as pq
@@ -27,15 +26,7 @@ from nograd.tasks.errors import (
     SourceError,
     UnknownModel,
 )
-
-
-def until(condition, what="it", seconds=60):
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        if time.monotonic() > deadline:
-            pytest.fail(f"{what} did not happen")
-        time.sleep(0.02)
-    return value
+from waiting import until
 
 
 def backfill(world, csv, out, chunk=50, **options):
@@ -163,7 +154,7 @@ def test_a_redis_that_forgot_everything_in_the_middle_costs_no_byte(backfills, c
     whole.run(interval_s=0.05)
     job = backfill(backfills, csv, tmp_path / "out", chunk=20)
     job.start()
-    until(lambda: job.status().progress.chunks_done > 3, "progress")
+    until(lambda: job.status().progress.chunks_done > 3)
     backfills.gate.touch()
     backfills.redis.delete(*backfills.redis.keys("nograd:backfill:*"))
     backfills.gate.unlink()
@@ -343,7 +334,7 @@ def test_a_small_input_is_shared_by_several_workers_unless_that_makes_chunks_too
 
 def test_a_dry_run_measures_and_leaves_nothing_behind(backfills, csv, tmp_path):
     job = backfill(backfills, csv, tmp_path / "out", chunk=100)
-    found = job.plan(save=False)
+    found = until(lambda: (found := job.plan(save=False)).workers and found)  # it gives workers a second to answer
     assert not (tmp_path / "out").exists()
     assert (found.rows, found.files, found.workers, found.failed, found.rows_per_chunk) == (1000, 1, 1, 11, 100)
     assert 0 < found.low_s < found.high_s

@@ -5,13 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from nograd.producer import Client, cli
 from nograd.producer.cli.common import show
+from waiting import PATIENCE_S, until
 
 NOGRAD = Path(sys.executable).with_name("nograd")
 
@@ -31,7 +31,7 @@ class Done:
         return [json.loads(line) for line in self.out.splitlines()]
 
 
-def nograd(*words, url=None, stdin=None, timeout=60, **env):
+def nograd(*words, url=None, stdin=None, timeout=PATIENCE_S, **env):
     environment = {**os.environ, **({"NOGRAD_REDIS_URL": url} if url else {}), **env}
     return Done(
         subprocess.run(
@@ -106,20 +106,18 @@ def test_a_job_without_an_outcome_is_exit_code_1(served_url):
     done = nograd("result", "nobody-sent-this", "--json", url=served_url)
     assert done.code == 1
     assert done.document["error"]["code"] == "result_timeout"
-    started = time.monotonic()
     assert nograd("result", "nobody-sent-this", "--timeout", "0.3", url=served_url).code == 1
-    assert time.monotonic() - started < 10
 
 
-def test_a_cancelled_job_is_exit_code_4(served_url, served):
-    busy = [served.submit("slow", 2) for _ in range(8)]
-    job = served.submit("slow", 0)
+def test_a_cancelled_job_is_exit_code_4(served_url, served, busy, revoked):
+    job = served.submit("waits", None)
     cancelled = nograd("cancel", job.id, "--json", url=served_url)
     assert (cancelled.code, cancelled.document) == (0, {"id": job.id, "requested": True})
+    until(lambda: job.id in revoked())
+    assert busy()
     done = nograd("result", job.id, "--wait", "--json", url=served_url)
     assert done.code == 4
     assert done.document["error"]["code"] == "cancelled"
-    assert [other.result(10) for other in busy] == [2] * 8
 
 
 @pytest.mark.parametrize(
@@ -154,9 +152,7 @@ def test_an_unknown_model_is_exit_code_2_listing_the_known_ones(served_url):
     "words", [["models"], ["status"], ["submit", "echo", "1"], ["result", "x", "--wait"], ["cancel", "x"]]
 )
 def test_without_redis_every_command_is_exit_code_2_within_seconds(words):
-    started = time.monotonic()
-    done = nograd(*words, "--json", "--redis", "redis://:secret@127.0.0.1:1/0")
-    assert time.monotonic() - started < 10
+    done = nograd(*words, "--json", "--redis", "redis://:secret@127.0.0.1:1/0", timeout=60)
     assert (done.code, done.document["error"]["code"]) == (2, "broker_unavailable")
     assert done.err.startswith("nograd: Redis at 127.0.0.1:1: ")
     assert done.err.count("\n") == 1
@@ -211,13 +207,17 @@ def test_a_reader_that_stops_reading_is_no_error(served_url):
     assert "Traceback" not in done.stderr
 
 
-def test_an_interrupt_ends_a_wait_with_130(served_url):
+def test_an_interrupt_ends_a_wait_with_130(served_url, served):
+    def asked():
+        return served.app.backend.client.info("commandstats").get("cmdstat_mget", {"calls": 0})["calls"]
+
+    before = asked()
     words = [NOGRAD, "result", "nobody-sent-this", "--wait"]
     environment = {**os.environ, "NOGRAD_REDIS_URL": served_url}
     with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        time.sleep(1.5)
+        until(lambda: asked() > before + 2)
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 130
+        assert process.wait(PATIENCE_S) == 130
         assert process.stderr.read().strip() == ""
 
 
@@ -239,10 +239,9 @@ def test_models_lists_a_model_file_too(redis_url, tmp_path):
 
 
 def test_status_shows_workers_and_queues(served_url, redis_url, register):
-    done = nograd("status", "--json", url=served_url)
-    assert len(done.document["workers"]) == 1
-    assert done.document["models"]["total"] == {"waiting": 0}
-    assert "1 worker" in nograd("status", url=served_url).out
+    until(lambda: len(nograd("status", "--json", url=served_url).document["workers"]) == 1)
+    assert nograd("status", "--json", url=served_url).document["models"]["total"] == {"waiting": 0}
+    until(lambda: "1 worker" in nograd("status", url=served_url).out)
     with Client(redis_url) as client:
         register(client, echo="json")
         client.submit_many("echo", [1, 2, 3])

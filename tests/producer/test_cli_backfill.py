@@ -12,11 +12,12 @@ import pytest
 from nograd.producer.backfill.status import Status
 from nograd.producer.cli.progress import Display, describe, duration, percent, size, span
 from nograd.tasks.backfill.progress import Progress
+from waiting import PATIENCE_S
 
 NOGRAD = Path(sys.executable).with_name("nograd")
 
 
-def nograd(world, *words, timeout=60):
+def nograd(world, *words, timeout=PATIENCE_S):
     done = subprocess.run(
         [NOGRAD, "backfill", *map(str, words)],
         env={**os.environ, "NOGRAD_REDIS_URL": world.url},
@@ -122,7 +123,7 @@ def test_who_follows_a_backfill_that_somebody_cancels_ends_with_4(backfills, csv
     backfills.gate.touch()
     driver = followed(backfills, csv, tmp_path / "out")
     assert nograd(backfills, "cancel", tmp_path / "out")[0] == 0
-    _, err = driver.communicate(timeout=30)
+    _, err = driver.communicate(timeout=PATIENCE_S)
     assert driver.returncode == 4, err
     backfills.gate.unlink()
 
@@ -140,7 +141,7 @@ def test_ctrl_c_leaves_it_running_and_says_how_to_come_back(backfills, csv, tmp_
     backfills.gate.touch()
     driver = followed(backfills, csv, tmp_path / "out")
     driver.send_signal(signal.SIGINT)
-    _, err = driver.communicate(timeout=30)
+    _, err = driver.communicate(timeout=PATIENCE_S)
     assert driver.returncode == 130
     assert f"nograd backfill watch {tmp_path / 'out'}" in err
     backfills.gate.unlink()

@@ -14,6 +14,7 @@ from nograd.producer.embedded import EmbeddedRedis
 from nograd.tasks import BrokerUnavailable, ConfigError, InvalidInput, ModelFileError, UnknownModel
 from nograd.tasks.errors import ResultTimeout
 from nograd.tasks.keys import BULK, PRIORITY_SUFFIXES
+from waiting import until
 
 
 def messages(redis, queue):
@@ -195,8 +196,7 @@ def test_when_redis_refuses_later_chunks_the_earlier_jobs_are_revoked_and_counte
         listening.psubscribe("*pidbox*")
         with pytest.raises(BrokerUnavailable, match="; 2000 jobs had been accepted before, and the workers were told"):
             client.submit_many("echo", values_until(2500, refuse))
-        while (heard := listening.get_message(timeout=5))["type"] != "pmessage":
-            pass
+        heard = until(lambda: (one := listening.get_message(timeout=1)) and one["type"] == "pmessage" and one)
         control = json.loads(base64.b64decode(json.loads(heard["data"])["body"]))
         sent = [headers["id"] for headers, _, _ in messages(redis, "nograd.echo")]
     assert len(sent) == 2000
@@ -294,7 +294,7 @@ def test_without_redis_every_call_says_so_within_seconds_and_never_the_password(
             with pytest.raises(BrokerUnavailable, match=f"Redis at 127.0.0.1:{port}: ") as error:
                 call()
             assert "secret" not in str(error.value)
-            assert time.monotonic() - started < 3
+            assert time.monotonic() - started < 20  # a result was waited for, for 30 s and for ever
 
 
 def test_a_wrong_password_is_told_without_repeating_it(redis_server):

@@ -18,6 +18,7 @@ from nograd.producer import embedded
 from nograd.producer.embedded import EmbeddedRedis, find_server
 from nograd.producer.processes import Child
 from nograd.tasks import ConfigError
+from waiting import PATIENCE_S
 
 
 def connect(server, **options):
@@ -34,7 +35,7 @@ def alive(pid):
     )
 
 
-def gone(pid, seconds=5):
+def gone(pid, seconds=PATIENCE_S):
     deadline = time.monotonic() + seconds
     while alive(pid) and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -16,6 +16,7 @@ from nograd.producer import Client, cli, fleet
 from nograd.producer.demo import Examples, jobs_in_flower, same_answer
 from nograd.producer.embedded import free_port
 from nograd.tasks import BrokerUnavailable, ConfigError
+from waiting import PATIENCE_S, until
 
 pytest.importorskip("torch")
 
@@ -74,7 +75,7 @@ def descendants(pid):
     return found
 
 
-def remaining(pids, seconds=20):
+def remaining(pids, seconds=PATIENCE_S):
     """Which of these processes are still there after a while."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -101,12 +102,12 @@ def test_up_serves_and_leaves_nothing_however_it_ends(models, tmp_path, number):
         document = json.loads(line)
         assert document["flower"] is None
         with Client(document["redis_url"]) as client:
-            assert client.submit("double", 21).result(30) == 42.0
+            assert client.submit("double", 21).result(PATIENCE_S) == 42.0
             assert list(client.map("double", range(100))) == [2.0 * number for number in range(100)]
         below = descendants(up.pid)
         assert len(below) >= 3  # Redis, the launcher, a worker
         up.send_signal(number)
-        code = up.wait(30)
+        code = up.wait(PATIENCE_S)
         assert remaining(below) == [], log.read_text()
         assert code == (-signal.SIGKILL if number == signal.SIGKILL else 0)
 
@@ -184,17 +185,14 @@ def test_flower_answers_on_loopback(redis_url, tmp_path):
     port = free_port()
     with started("flower", "--port", port, "--redis", redis_url, "--json", log=tmp_path / "flower.log") as flower:
         assert json.loads(flower.stdout.readline()) == {"flower": f"http://127.0.0.1:{port}"}
-        deadline = time.monotonic() + 30
-        while not fleet.flower_answers(port):
-            assert time.monotonic() < deadline, (tmp_path / "flower.log").read_text()
-            time.sleep(0.1)
+        until(lambda: fleet.flower_answers(port), (tmp_path / "flower.log").read_text)
         assert jobs_in_flower(port, timeout_s=0) == 0  # it has seen none
         arguments = subprocess.run(
             ["ps", "-o", "args=", "-p", str(flower.pid)], capture_output=True, text=True, check=True
         )
         assert redis_url not in arguments.stdout
         flower.terminate()
-        assert flower.wait(20) == 0
+        assert flower.wait(PATIENCE_S) == 0
     assert jobs_in_flower(port, timeout_s=0) == 0
 
 
@@ -207,7 +205,7 @@ def test_the_demo_gets_every_answer_right_and_leaves_nothing(tmp_path):
         first = demo.stdout.readline()
         below = descendants(demo.pid)
         rest = demo.stdout.read()
-        assert demo.wait(60) == 0, log.read_text()
+        assert demo.wait(PATIENCE_S) == 0, log.read_text()
     lines = [json.loads(line) for line in (first + rest).splitlines()]
     answers, digits = lines[:-1], lines[-1]
     assert {answer["model"] for answer in answers} == {"photos", "gpt2", "regression", "linear", "digits", "lstm"}

@@ -73,12 +73,12 @@ def test_a_chunk_has_one_owner(window):
 
 
 def test_the_claim_of_a_silent_owner_ends(client):
-    window = Window(client, "job", claim_s=0.05)
-    assert window.claim(7, "a")
+    silent, window = Window(client, "job", claim_s=0.05), Window(client, "job")
+    assert silent.claim(7, "a")
     time.sleep(0.1)
     assert window.traffic() == Traffic(0, 0)
     assert window.claim(7, "b")
-    assert not window.claim(7, "a")
+    assert not silent.claim(7, "a")
 
 
 def test_a_running_chunk_is_not_issued(window):
@@ -94,9 +94,9 @@ def test_after_a_flush_the_owner_goes_on_and_nobody_else_is_blocked(window, clie
 
 
 def test_a_cursor_survives_the_death_of_its_owner_and_ends_with_the_chunk(client):
-    window = Window(client, "job", claim_s=0.05)
-    window.claim(3, "a")
-    window.note(3, Cursor(first=64, count=32))
+    silent, window = Window(client, "job", claim_s=0.05), Window(client, "job")
+    silent.claim(3, "a")
+    silent.note(3, Cursor(first=64, count=32))
     time.sleep(0.1)
     assert window.claim(3, "b")
     assert window.cursor(3) == Cursor(first=64, count=32)
