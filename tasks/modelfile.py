@@ -99,6 +99,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             does not count.
         hard_timeout_s: seconds one forward may take, or one preparation or ``finish``. A worker in which a model takes
             longer ends and is started again; the jobs of that forward run alone from then on. ``inf`` for no limit.
+        load_timeout_s: seconds a load may take, warm-up included, while the worker is up (``nograd models load``). Then
+            it has failed, and the worker goes on without the model. ``inf`` for no limit; a worker that starts waits.
         params: default parameters of a prediction (generation settings and the like); a job may override them.
     """
 
@@ -117,6 +119,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     batch: BatchLimits = BatchLimits()
     timeout_s: Annotated[float, Meta(gt=0)] | None = None
     hard_timeout_s: Annotated[float, Meta(gt=0)] = 600
+    load_timeout_s: Annotated[float, Meta(gt=0)] = 1800
     params: dict[str, Any] = {}
 
     @property

@@ -420,6 +420,7 @@ class BatchQueue:
         self._clock = clock
         self._changed = threading.Condition()
         self._errands: deque[Callable[[], None]] = deque()
+        self._had_errand = False
         self._closed = False
 
     def __len__(self) -> int:
@@ -459,7 +460,7 @@ class BatchQueue:
         return True
 
     def take(self) -> Batch | Callable[[], None] | None:
-        """Block until there is an errand, which goes first, or a batch is ready; None once the queue is closed."""
+        """Block until there is an errand or a batch is ready, which take turns; None once the queue is closed."""
         with self._changed:
             taken = self._next(self._clock())
         if taken is None:
@@ -473,7 +474,9 @@ class BatchQueue:
     def _next(self, now: float) -> Batch | Callable[[], None] | None:
         if self._closed:
             return None
-        return self._errands.popleft() if self._errands else self._backlog.next_batch(now)
+        batch = None if self._errands and not self._had_errand else self._backlog.next_batch(now)
+        self._had_errand = batch is None and bool(self._errands)
+        return self._errands.popleft() if self._had_errand else batch
 
     def _wait(self) -> Batch | Callable[[], None] | None:
         while not self._closed:

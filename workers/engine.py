@@ -2,10 +2,10 @@
 
 Laws:
 
-* Model load, warm-up and every forward happen on one thread, inside ``torch.no_grad()``: grad mode and CUDA graphs
-  belong to a thread, and a model that was loaded is warm before a job can reach it.
-* Models come and go between two batches. One that cannot be loaded, or is over the memory budget, leaves nothing behind
-  and the others as they were; their jobs wait while one is loaded.
+* Warm-up and every forward happen on one thread, inside ``torch.no_grad()``: grad mode and CUDA graphs belong to a
+  thread, and a model that was loaded is warm before a job can reach it. The first models are loaded there as well.
+* Models come and go between two batches; what comes later is loaded beside them (`loading`). One that cannot be loaded,
+  or is over the memory budget, leaves nothing behind and the others as they were.
 * How a batch is run, and what its failures cost, is `forward`'s business. Whatever is raised, also what is no
   `Exception`, becomes the outcome of an item and the thread lives on; except when the device is lost.
 * An item whose deadline passes, waiting or on the device, is resolved by `expire` at that moment; what the forward says
@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -36,10 +37,11 @@ from .batching import Batch, BatchQueue, Item, Limits
 from .device import default_device
 from .faults import DeviceLost, is_device_lost
 from .forward import run_isolated, run_pieces
+from .loading import Loading
 from .memory import MemoryBudget
 from .models import HostedModel, open_model
 from .models.version import fingerprint, identify
-from .models.warmup import warm_up
+from .models.warmup import steps
 from .outputs import finish, too_late
 from .resources import show_size
 from .risk import Risks
@@ -193,9 +195,16 @@ class Engine:
         if start.error is not None:
             raise start.error
 
-    def add(self, model: HostedModel) -> Future[None]:
-        """Load and warm up one more model, between two batches. Fails as `start` does, without harm to the others."""
-        return self._call(lambda: self._load(model))
+    def add(self, model: HostedModel) -> Loading:
+        """Load and warm up one more model while the others work. Fails as `start` does, without harm to them.
+
+        One at a time: what a GPU holds is measured from before to after.
+        """
+
+        def load(model: HostedModel, wanted: Callable[[], bool]) -> None:
+            self._load(model, lambda errand: self._call(errand).result(), wanted)
+
+        return Loading(model, load, self._on_load_failed)
 
     def remove(self, name: str) -> Future[list[Item]]:
         """Let go of a model between two batches; its items that wait, which are the caller's from then on."""
@@ -227,7 +236,7 @@ class Engine:
         with torch.no_grad():
             try:
                 while self._first:
-                    self._load(self._first.pop(0))
+                    self._load(self._first.pop(0), lambda errand: errand(), lambda: True)
             except BaseException as err:  # noqa: BLE001 - whatever it is, the waiting thread raises it
                 start.error = err
                 return
@@ -260,24 +269,57 @@ class Engine:
                 _fail(batch, err)
         return True
 
-    def _load(self, model: HostedModel) -> None:
+    def _load(
+        self, model: HostedModel, on_device: Callable[[Callable[[], None]], None], wanted: Callable[[], bool]
+    ) -> None:
+        """Load a model and enter it, if it is then ``wanted``; ``on_device`` runs an errand on the device thread."""
         began = time.monotonic()
-        self.memory.open()
         try:
-            model.load(self.device)
+            on_device(self.memory.open)
+            if model.loads_alone:
+                on_device(lambda: self._load_alone(model))
+            else:
+                model.load(self.device)
             model.parts = identify(model)
             model.version = fingerprint(model.parts)
-            warm_up(model)
-            self.memory.close(model)
+            for step in steps(model):
+                on_device(partial(self._warm_up, model, step))
         except torch.OutOfMemoryError as err:
             why = str(err).partition(". ")[0]
             raise ModelFileError(f"{model.file}: [{model.name}]: does not fit on {self.device}: {why}") from err
+        on_device(lambda: self._enter(model, wanted, began))
+
+    def _load_alone(self, model: HostedModel) -> None:
+        self.activities.begin("the load", model.name, [], model.spec.load_timeout_s, "load_timeout_s")
+        try:
+            with self.risks.gate.alone():
+                model.load(self.device)
+        finally:
+            self.activities.end()
+
+    def _warm_up(self, model: HostedModel, step: Callable[[], None]) -> None:
+        self.activities.begin("the warm-up", model.name, [], model.spec.hard_timeout_s)
+        try:
+            step()
+        finally:
+            self.activities.end()
+
+    def _enter(self, model: HostedModel, wanted: Callable[[], bool], began: float) -> None:
+        self.memory.close(model)
+        if not wanted():
+            self.memory.forget(model.name)
+            return
         self.stats[model.name] = ModelStats()
         self.models[model.name] = model
         self.queue.add_model(model.name, _limits(model))
         size = show_size(self.memory.held[model.name])
         took = time.monotonic() - began
         logger.info("model %s is loaded on %s (%s) and warm after %.1f s", model.name, self.device, size, took)
+
+    def _on_load_failed(self, err: BaseException) -> None:
+        """On the thread of a load: a device that was lost there ends the device thread."""
+        if is_device_lost(err, self.device):
+            self._call(lambda: _raise(err))
 
     def _unload(self, name: str) -> list[Item]:
         items = self.queue.remove_model(name)
@@ -445,6 +487,10 @@ class Engine:
 def _jobs(items: Sequence[Item]) -> list[Any]:
     """The jobs of items, each once."""
     return list(dict.fromkeys(item.job for item in items))
+
+
+def _raise(err: BaseException) -> None:
+    raise err
 
 
 def _pass_deadline(item: Item) -> None:

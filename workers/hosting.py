@@ -2,14 +2,14 @@
 
 ::
 
-    load    read the model file ─► load, warm up (device thread) ─► consume its queue ─► ready
+    load    read the model file ─► load (a thread of its own), warm up (device thread) ─► consume its queue ─► ready
     unload  stop consuming ─► let go (device thread) ─► what waited goes back to the queue ─► free the memory ─► gone
 
 Laws:
 
 * A model is ``ready`` from the moment its queue is consumed, and not before it is warm.
-* One that cannot be loaded is ``failed`` and says why; the worker and its other models go on. Their jobs wait while a
-  model is loaded, since there is one device thread.
+* One that cannot be loaded, or not within ``load_timeout_s``, is ``failed`` and says why; the worker and its other
+  models go on, and answer meanwhile (`loading` has the small print).
 * No job is lost by an unload: those that wait here go back to the head of their queue, in order; those on the device
   end as ever. They stay queued until a worker has the model again, and it stays known to clients.
 * Changes are made one after the other, on a thread of their own; Celery's event loop never waits for one.
@@ -97,6 +97,10 @@ class Hosting:
     def close(self) -> None:
         """Begin no more changes."""
         self._crew.close()
+
+    def finish(self, timeout_s: float) -> None:
+        """Wait so long for the change that is under way."""
+        self._crew.finish(timeout_s)
 
     @property
     def ready(self) -> bool:

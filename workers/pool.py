@@ -67,6 +67,11 @@ CHUNK_THREADS = 2
 STORE_S = 30
 
 
+#: seconds a warm shutdown waits for a model that is being loaded: a thread that is in torch's code when the interpreter
+#: ends would abort the process
+LOAD_S = 5
+
+
 class Task(Handle):
     """A message of any other task: Celery's tracer on a thread."""
 
@@ -219,6 +224,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
             self.engine.finish()
         self._tasks.finish()
         self._backfill.finish()
+        if self.hosting is not None:
+            self.hosting.finish(LOAD_S)
         self._withdrawn.finish(STORE_S)
         if self.settler is not None and not self.settler.finish(STORE_S):
             logger.error("results could not be stored within %d s; their jobs are delivered again", STORE_S)
@@ -309,7 +316,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._die(EXIT_DEVICE, f"the device is lost: {why}", jobs)
 
     def _on_hung(self, activity: Activity) -> None:
-        what = f"{activity.what} of model {activity.model} took longer than hard_timeout_s = {activity.limit_s:g} s"
+        what = f"{activity.what} of model {activity.model} took longer than {activity.limit} = {activity.limit_s:g} s"
         logger.critical("%s, over %d job(s). Its thread is here:\n%s", what, len(activity.jobs), activity.stack())
         self._die(EXIT_HUNG, what, activity.jobs)
 

@@ -3,7 +3,8 @@
 Laws:
 
 * A forward, or the preparation or ``finish`` of one input, that takes longer than its model's ``hard_timeout_s`` is
-  called out, with the stack of its thread. One that is slow, but within that, is left alone.
+  called out, with the stack of its thread. One that is slow, but within that, is left alone. So is a step of the
+  warm-up of a model that is loaded while others work; a load on a thread of its own is `loading`'s to give up.
 * Between two ticks `on_tick` runs, `TICK_S` apart at most while the interpreter runs at all.
 * Code that holds the GIL stops this thread as well. So it keeps pushing back a timer of the interpreter's own, in C,
   that prints every stack and ends the process (exit code 1) when nobody pushes it any more. It leaves one limit and
@@ -43,6 +44,7 @@ class Activity:
         since: monotonic time at which it began, or began with the next input.
         limit_s: seconds it may take.
         thread: the id of the thread.
+        limit: the key of the model file that says so.
     """
 
     what: str
@@ -51,11 +53,17 @@ class Activity:
     since: float
     limit_s: float
     thread: int
+    limit: str = "hard_timeout_s"
 
     def stack(self) -> str:
         """Where its thread is now."""
-        frame = sys._current_frames().get(self.thread)  # noqa: SLF001 - the documented way
-        return "".join(traceback.format_stack(frame)) if frame is not None else "(its thread has ended)"
+        return stack_of(self.thread)
+
+
+def stack_of(thread: int | None) -> str:
+    """Where the thread of this id is now."""
+    frame = sys._current_frames().get(thread or 0)  # noqa: SLF001 - the documented way
+    return "".join(traceback.format_stack(frame)) if frame is not None else "(its thread has ended)"
 
 
 class Activities:
@@ -64,10 +72,12 @@ class Activities:
     def __init__(self) -> None:
         self._running: dict[int, Activity] = {}
 
-    def begin(self, what: str, model: str, jobs: Sequence[Any], limit_s: float) -> Activity:
+    def begin(
+        self, what: str, model: str, jobs: Sequence[Any], limit_s: float, limit: str = "hard_timeout_s"
+    ) -> Activity:
         """The calling thread runs a model's code from now on."""
         thread = threading.get_ident()
-        activity = self._running[thread] = Activity(what, model, jobs, time.monotonic(), limit_s, thread)
+        activity = self._running[thread] = Activity(what, model, jobs, time.monotonic(), limit_s, thread, limit)
         return activity
 
     def end(self) -> None:

@@ -45,7 +45,7 @@ def _list(run: Run) -> int:
 def load(run: Run, *, name: str, worker: str | None, timeout: float, reload: bool) -> int:
     """Load a model into workers that run.
 
-    They read their model file again. Jobs of their other models wait while it is loaded.
+    They read their model file again. Their other models go on, and wait for one size of its warm-up at a time.
     """
     return _change(run, name, worker, timeout, "nograd_load", {"model": name, "reload": reload}, "ready")
 

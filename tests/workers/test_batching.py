@@ -317,14 +317,19 @@ def test_a_removed_model_is_refused_by_the_queue_and_others_are_told_of_room():
         queue.put([item()])
 
 
-def test_an_errand_goes_before_the_batches_and_never_after_the_close():
+def test_an_errand_goes_before_the_batches_then_they_take_turns_and_never_after_the_close():
     queue, done = BatchQueue({"m": Limits(max_items=2)}), []
-    queue.put([item()])
-    assert queue.call(lambda: done.append(1))
-    assert queue.call(lambda: done.append(2))
+    queue.put([item(), item(), item()])
+    for n in range(4):
+        assert queue.call(lambda n=n: done.append(n))
+    queue.take()()
+    assert len(queue.take().items) == 2
+    queue.take()()
+    assert len(queue.take().items) == 1
     for _ in range(2):
         queue.take()()
-    assert done == [1, 2]
+    assert done == [0, 1, 2, 3]
+    queue.put([item()])
     assert len(queue.take().items) == 1
     queue.close()
     assert not queue.call(lambda: done.append(3))

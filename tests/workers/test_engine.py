@@ -1,5 +1,6 @@
 """The device thread of `nograd.workers.engine` with real models: whom it names when, and what ends it."""
 
+import sys
 import threading
 
 import pytest
@@ -12,7 +13,11 @@ from nograd.workers.engine import Engine, Hooks
 from nograd.workers.models import open_model
 
 CODE = """
+import threading
+
 import torch
+
+log, entered, gate = [], threading.Event(), threading.Event()
 
 
 class Echo:
@@ -20,7 +25,24 @@ class Echo:
         pass
 
     def forward(self, batch):
+        log.append("echo")
         return batch
+
+
+class Stepwise(Echo):
+    def load(self, device):
+        log.append(threading.current_thread().name)
+
+    def forward(self, batch):
+        log.append(len(batch))
+        entered.set()
+        gate.wait(30)
+        return batch
+
+
+class Late(Echo):
+    def load(self, device):
+        gate.wait(30)
 
 
 class Lost(Echo):
@@ -44,6 +66,15 @@ batch = { max_items = 1 }
 [lost]
 loader = "python"
 class = "engine_models:Lost"
+
+[stepwise]
+loader = "python"
+class = "engine_models:Stepwise"
+example = 1
+
+[late]
+loader = "python"
+class = "engine_models:Late"
 
 [broken]
 loader = "python"
@@ -84,6 +115,7 @@ class Told:
 
 @pytest.fixture
 def file(tmp_path):
+    sys.modules.pop("engine_models", None)
     (tmp_path / "engine_models.py").write_text(CODE)
     path = tmp_path / "models.toml"
     path.write_text(MODELS)
@@ -193,3 +225,37 @@ def test_whoever_fails_when_told_of_room_does_not_end_the_thread(engine):
     for job in jobs:
         assert job.done.wait(TIMEOUT)
     assert engine.alive
+
+
+def test_a_model_is_loaded_beside_the_others_and_warmed_up_in_turn_with_them(engine, file):
+    loading = engine.add(open_model(file, "stepwise"))
+    seen = sys.modules["engine_models"]
+    assert seen.entered.wait(TIMEOUT)
+    job = Job()
+    put(engine, job)  # while the first size is on the device
+    seen.gate.set()
+    loading.result(TIMEOUT)
+    assert seen.log == ["nograd-load-stepwise", 1, "echo", 3]
+    assert job.done.is_set()
+
+
+def test_a_model_whose_load_changes_what_is_the_process_s_is_loaded_while_no_other_runs(engine, file):
+    model = open_model(file, "stepwise")
+    model.loads_alone = True
+    loading = engine.add(model)
+    sys.modules["engine_models"].gate.set()
+    loading.result(TIMEOUT)
+    assert sys.modules["engine_models"].log[0] == "nograd-device"
+
+
+def test_a_load_that_is_given_up_enters_nothing_when_it_ends_after_all(engine, file):
+    loading = engine.add(open_model(file, "late"))
+    with pytest.raises(ModelFileError, match=r"\[late\]: loading takes longer than load_timeout_s = 0.1 s"):
+        loading.result(0.1)
+    sys.modules["engine_models"].gate.set()
+    for thread in threading.enumerate():
+        if thread.name == "nograd-load-late":
+            thread.join(TIMEOUT)
+    assert list(engine.models) == list(engine.stats) == list(engine.memory.held) == ["echo"]
+    engine.add(open_model(file, "late")).result(TIMEOUT)
+    assert list(engine.models) == ["echo", "late"]

@@ -37,6 +37,11 @@ class Slow:
     def __del__(self): print("LET GO", self.factor, flush=True)
 
 
+class Hanging:
+    def load(self, device): time.sleep(1000)
+    def forward(self, batch): return batch
+
+
 class Broken:
     def load(self, device): raise OSError("no licence")
     def forward(self, batch): return batch
@@ -56,6 +61,14 @@ loader = "python"
 class = "hosted_models:Slow"
 init = {{ factor = {factor}, gate = "{gate}" }}
 batch = {{ max_items = 4 }}
+"""
+
+
+HANGING = """
+[hanging]
+loader = "python"
+class = "hosted_models:Hanging"
+load_timeout_s = 1
 """
 
 
@@ -210,6 +223,34 @@ def test_a_model_that_cannot_be_loaded_says_why_and_the_worker_goes_on(fleet, cl
         assert fleet.nograd("models", "unload", name)[0] == 0
     until(fleet.ready)
     assert traffic() > 0
+
+
+def test_other_models_answer_while_one_is_loaded(fleet, client):
+    fleet.start()
+    gate = fleet.file.with_name("gate")
+    fleet.file.write_text(STEADY + slow("extra", 10, gate))
+    assert (
+        fleet.nograd("models", "load", "extra", "--timeout", "0")[1]["workers"][fleet.worker.name]["status"]
+        == "loading"
+    )
+    assert [job.result(60) for job in client.submit_many("steady", range(20))] == [2 * n for n in range(20)]
+    assert fleet.state("extra")["status"] == "loading"
+    gate.touch()
+    assert fleet.nograd("models", "load", "extra")[0] == 0
+    assert client.submit("extra", 1).result(60) == 10
+
+
+def test_a_load_that_hangs_fails_in_time_and_says_where_and_the_worker_goes_on(fleet, client, traffic):
+    fleet.start()
+    fleet.file.write_text(STEADY + slow("extra", 10) + HANGING)
+    code, said = fleet.nograd("models", "load", "hanging")
+    assert code == 2
+    assert "[hanging]: loading takes longer than load_timeout_s = 1 s" in said["error"]["message"]
+    assert "time.sleep(1000)" in fleet.worker.text()
+    assert fleet.nograd("models", "load", "extra")[0] == 0  # the next change does not wait for it
+    assert client.submit("extra", 1).result(60) == 10
+    assert traffic() > 0
+    assert fleet.worker.stop() == 0
 
 
 def test_models_beyond_the_memory_budget_are_refused_and_leave_nothing_behind(fleet, client):

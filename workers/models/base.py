@@ -3,7 +3,7 @@
 ::
 
     load ──► (warm-up) ──► prepare ──► forward ──► finish
-    device thread          CPU threads  device thread  CPU threads
+    any      device thread  CPU threads  device thread  CPU threads
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 class HostedModel(ABC):
     """One model of the model file, in one worker process.
 
-    The pool calls `load` and `forward` on its device thread only, inside ``torch.no_grad()``; `prepare` and `finish` on
-    CPU threads, several at once. After `load` nothing of a model changes, so that needs no locks.
+    The pool calls `forward` on its device thread only, and `load` there at its start; a model that comes later is
+    loaded on a thread of its own while others answer, so `load` leaves alone what is the whole process's. Both are
+    inside ``torch.no_grad()``. `prepare` and `finish` run on CPU threads, several at once. After `load` nothing of a
+    model changes, so that needs no locks.
 
     Attributes:
         name: its name in the model file.
@@ -37,12 +39,15 @@ class HostedModel(ABC):
         parts: what that is the fingerprint of.
         revision: commit of a model from a hub, if `load` learned it.
         own_finish: whether `finish` is code of the user's own, which may be slow, hang or crash.
+        loads_alone: whether `load` changes what is the whole process's while it lasts (torch's default dtype), so that
+            no other model may run beside it.
     """
 
     version: str = ""
     parts: Mapping[str, str] = {}
     revision: str | None = None
     own_finish: bool = False
+    loads_alone: bool = False
 
     def __init__(self, name: str, spec: AnySpec, file: Path) -> None:
         self.name = name

@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 class PythonModel(HostedModel):
     """Calls the methods of an instance, and holds them to the contract.
 
-    ``load`` and ``forward`` are required. ``prepare`` and ``finish`` hand on what they get where they are missing;
-    ``bucket(prepared)``, where it is there, says which inputs may share a batch, ``cost(prepared)`` what each adds to
-    it (``batch.max_cost``). A method with a parameter named ``params`` gets the parameters of the prediction, too; if
-    none has one, a job may not bring any.
+    ``load`` and ``forward`` are required. ``load`` may run while other models of the process answer, if this one comes
+    when the worker is up: it must leave alone what is the whole process's, above all torch's default dtype.
+
+    ``prepare`` and ``finish`` hand on what they get where they are missing; ``bucket(prepared)``, where it is there,
+    says which inputs may share a batch, ``cost(prepared)`` what each adds to it (``batch.max_cost``). A method with a
+    parameter named ``params`` gets the parameters of the prediction, too; if none has one, a job may not bring any.
 
     ``forward`` answers with a list (or a tensor, split along its first dimension), one output for each input. With
     ``input = "image"``, ``prepare`` gets an upright Pillow image in RGB; otherwise what the producer sent.

@@ -50,7 +50,9 @@ _TASKS: dict[str, tuple[str, ...]] = {
 
 def open_transformers(name: str, spec: TransformersSpec, file: Path) -> HostedModel:
     """The hosted model of a transformers table: text generation is ours, every other task is a pipeline of theirs."""
-    return (TextGenerationModel if spec.task == "text-generation" else PipelineModel)(name, spec, file)
+    made = (TextGenerationModel if spec.task == "text-generation" else PipelineModel)(name, spec, file)
+    made.loads_alone = spec.dtype != "float32"  # transformers makes it torch's default while it builds the network
+    return made
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .base import HostedModel
 
 #: keys that decide when and how often a model runs, and not what it answers
-OPERATIONAL = frozenset({"batch", "timeout_s", "hard_timeout_s", "example"})
+OPERATIONAL = frozenset({"batch", "timeout_s", "hard_timeout_s", "load_timeout_s", "example"})
 #: keys that name a class or function as ``module:name``
 _CODE = frozenset({"class", "transform"})
 #: hexadecimal digits of a fingerprint

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,17 +15,32 @@ if TYPE_CHECKING:
 
 
 def warm_up(model: HostedModel) -> None:
-    """Run each example through *prepare → forward → finish* in batches of the model's `batch_sizes`, on this thread.
+    """Run all `steps` on this thread.
 
     Raises:
         ModelFileError: naming the model and what it raised, whatever that was.
     """
+    for step in steps(model):
+        step()
+
+
+def steps(model: HostedModel) -> Iterator[Callable[[], None]]:
+    """Each example through *prepare → forward → finish*, in batches of each of the model's `batch_sizes`.
+
+    Raises:
+        ModelFileError: as each step does, naming the model and what it raised, whatever that was.
+    """
+    examples: list[object] = []
+    _checked(model, lambda: examples.extend(model.examples()))
+    for example in examples:
+        for n in model.batch_sizes():
+            yield partial(_checked, model, partial(_run, model, example, n))
+
+
+def _checked(model: HostedModel, run: Callable[[], None]) -> None:
     try:
-        examples = model.examples()
         with torch.no_grad():
-            for example in examples:
-                for n in model.batch_sizes():
-                    _run(model, example, n)
+            run()
     except ModelFileError:
         raise
     except (Exception, SystemExit) as err:  # a model that exits must not look like a worker that was asked to

@@ -293,6 +293,16 @@ def test_a_relative_folder_is_beside_the_model_file(hosted, predict, folders, tm
         hosted(f'loader = "transformers"\ntask = "text-classification"\nmodel = "{model}"')
 
 
+@pytest.mark.parametrize(("dtype", "alone"), [("bfloat16", True), ("float32", False)])
+def test_who_is_loaded_alone_is_whoever_changes_torch_s_default_dtype_meanwhile(
+    hosted, table, monkeypatch, dtype, alone
+):
+    seen, change = set(), torch.set_default_dtype
+    monkeypatch.setattr(torch, "set_default_dtype", lambda given: (seen.add(given), change(given)))
+    model = hosted(table("text-classification", "classifier", f'dtype = "{dtype}"'))
+    assert (seen - {torch.float32} != set()) == model.loads_alone == alone
+
+
 def test_dropout_is_off_and_the_dtype_is_the_model_file_s(hosted, predict, table):
     model = hosted(table("text-classification", "classifier", 'dtype = "bfloat16"'))
     network = model._pipeline.model
