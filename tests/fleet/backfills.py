@@ -145,7 +145,7 @@ def window_of(client: Any, job: Job) -> Window:
     return Window(client.app.backend.client, hints_of(job))
 
 
-def drive(client: Any, job: Job, seconds: float = 60, until: Callable[[], object] = lambda: False) -> Window:
+def drive(client: Any, job: Job, seconds: float = 150, until: Callable[[], object] = lambda: False) -> Window:
     """Keep a backfill going until it is done, or something is the case; its hints.
 
     Raises:
@@ -161,7 +161,7 @@ def drive(client: Any, job: Job, seconds: float = 60, until: Callable[[], object
     return window
 
 
-def run(client: Any, job: Job, seconds: float = 60) -> Any:
+def run(client: Any, job: Job, seconds: float = 150) -> Any:
     """Run a backfill to its end and verify it; its predictions, in order."""
     drive(client, job, seconds)
     verify(job).check()

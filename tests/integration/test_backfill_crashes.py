@@ -28,6 +28,9 @@ from nograd.tasks.backfill.task import send_chunk
 from nograd.tasks.backfill.verify import verify
 from nograd.tasks.errors import PlanChanged
 
+#: workers are killed and started again in most of them, on a machine that may have other things to do
+pytestmark = pytest.mark.timeout(600)
+
 #: seconds a worker may be silent
 LEASE_S = 3
 #: rows of the backfill, none a multiple of the chunk, and of a chunk, none a multiple of the batch
@@ -125,7 +128,7 @@ def check_same(job, undisturbed):
     assert sorted(backfills.ids(job)) == list(range(ROWS))
     assert len(backfills.errors(job)) == len(range(7, ROWS, 50))
     assert backfills.committed(job) == backfills.committed(undisturbed)
-    assert job.store.names("_staging") == []
+    backfills.until(lambda: not job.store.names("_staging"), "the removal of what lost")
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -324,7 +327,7 @@ def test_rows_that_kill_or_hang_their_worker_are_found_and_cost_no_other_row(cli
         pa.table({"n": range(96), "text": [texts.get(n, "y" * (n % 19)) for n in range(96)]}), tmp_path / "in.parquet"
     )
     job = backfills.planned(client, "rude", tmp_path / "in.parquet", tmp_path / "out", 48, id="n", sampled=8)
-    backfills.drive(client, job, 150, until=fleet.replace)
+    backfills.drive(client, job, 400, until=fleet.replace)
     table = backfills.run(client, job)
     assert table["n"].to_pylist() == [n for n in range(96) if n not in texts]
     assert table["prediction"].to_pylist() == [backfills.score("y" * (n % 19)) for n in range(96) if n not in texts]

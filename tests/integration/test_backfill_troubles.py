@@ -34,6 +34,8 @@ from nograd.producer import Client
 from nograd.tasks.backfill.task import hints_of
 from nograd.tasks.errors import SourceError
 
+pytestmark = pytest.mark.timeout(600)
+
 #: side of a square image of more than a billion pixels
 HUGE = 33_000
 #: rows of each of three files of texts, and of a chunk
@@ -82,7 +84,7 @@ def check_same(job, undisturbed):
     """Every row once, every byte the same."""
     assert sorted(backfills.ids(job)) == list(range(3 * ROWS))
     assert backfills.committed(job) == backfills.committed(undisturbed)
-    assert job.store.names("_staging") == []
+    backfills.until(lambda: not job.store.names("_staging"), "the removal of what lost")
 
 
 def table(out):
@@ -249,7 +251,7 @@ def test_a_full_disk_pauses_the_run_until_there_is_room(client, undisturbed, sma
         while True:
             file.write(bytes(1024))
     with pytest.raises(backfills.Paused, match="No space left on device"):
-        backfills.drive(client, job, 120)
+        backfills.drive(client, job)
     assert job.store.size("_SUCCESS") is None
     filler.unlink()
     window.wish = "run"
@@ -268,7 +270,6 @@ def test_room_that_is_made_while_a_chunk_is_tried_again_is_enough(redis_url, cli
         tried = time.monotonic() + 1.5  # shorter than the first pause
         backfills.drive(client, job, until=lambda: time.monotonic() > tried)
         assert job.store.names("_commits") == []
-        assert job.store.names("_staging") == []
     finally:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard, hard))
     backfills.run(client, job)  # never paused
