@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 #: workers that may die over a job before it is given up
 MOST_DEATHS = 3
+#: inputs of a message that are prepared together where that is cheaper
+AT_ONCE = 64
 #: seconds a message has waited for a thread when its time limit is looked for: reading it twice is only worth it then
 PEEK_S = 0.5
 
@@ -181,6 +183,7 @@ class Preparer:
 
     def _prepare_items(self, message: Message, model: HostedModel, inputs: list[Any]) -> list[Item]:
         items: list[Item] = []
+        together: Sequence[Any] | None = None
         deadline = message.deadline
         if deadline is not None:
             self._timed[message] = deadline
@@ -193,7 +196,10 @@ class Preparer:
                     stint.item()
                     if deadline is not None and message.complete:
                         break
-                    if item := _prepare_item(message, model, index, wire):
+                    if index % AT_ONCE == 0:
+                        together = _prepare_together(message, model, inputs[index : index + AT_ONCE])
+                    ready = None if together is None else together[index % AT_ONCE]
+                    if item := _prepare_item(message, model, index, wire, ready):
                         items.append(item)
         finally:
             self._timed.pop(message, None)
@@ -292,10 +298,17 @@ def _read_call(args: Any, kwargs: Any) -> _Call:
         raise InvalidInput(f"{PREDICT_TASK}: {err}") from err
 
 
-def _prepare_item(message: Message, model: HostedModel, index: int, wire: Any) -> Item | None:
-    """Prepare one input, or resolve it with its own error."""
+def _prepare_together(message: Message, model: HostedModel, inputs: list[Any]) -> Sequence[Any] | None:
+    """Some inputs, prepared; None where each has to be by itself."""
+    if len(inputs) == 1 or any(isinstance(wire, dict) for wire in inputs):
+        return None
+    return model.prepare_many(inputs, message.params)
+
+
+def _prepare_item(message: Message, model: HostedModel, index: int, wire: Any, ready: Any = None) -> Item | None:
+    """Prepare one input, unless it is ready, or resolve it with its own error."""
     try:
-        prepared = model.prepare(decode_input(wire), message.params)
+        prepared = model.prepare(decode_input(wire), message.params) if ready is None else ready
         group = (model.bucket(prepared), _freeze(message.params))
         hash(group)
         cost = model.cost(prepared)

@@ -70,6 +70,13 @@ class HostedModel(ABC):
             InvalidInput: if the model cannot take it, saying why.
         """
 
+    def prepare_many(self, inputs: Sequence[Any], params: Mapping[str, Any]) -> Sequence[Any] | None:  # noqa: ARG002
+        """What `prepare` returns for each of some inputs, where making them together is cheaper and comes to the same.
+
+        Must be quick, and raise nothing; None, whenever there is any doubt, has each prepared by itself.
+        """
+        return None
+
     @abstractmethod
     def forward(self, batch: Sequence[Any], params: Mapping[str, Any]) -> Sequence[Any]:
         """Run one batch of what `prepare` returned; all of one `bucket` and with equal ``params``.

@@ -22,6 +22,9 @@ from .tensors import TensorReader, all_finite, split, stack, to_json
 #: What stands for a free dimension in a warm-up with zeros: enough for a stack of poolings, little for a sequence.
 _FREE_DIMENSION = 32
 
+#: below this a float64 holds every whole number
+_EXACT = 2**53
+
 #: dimensions of a batch of inputs of any shape, for the compiler
 _MOST_DIMENSIONS = 8
 
@@ -108,6 +111,20 @@ class TensorModel(HostedModel):
         for name in params:
             raise InvalidInput(f"unknown parameter {name!r}: model {self.name!r} takes none")
         return self._read(input)
+
+    def prepare_many(self, inputs: Sequence[Any], params: Mapping[str, Any]) -> Sequence[torch.Tensor] | None:
+        """Rows of plain numbers as one array; the checks of each are most of the work for a small model."""
+        if params or self.spec.kind != "rows" or not self.input_dtype().is_floating_point:
+            return None
+        try:
+            array = np.asarray(inputs)
+            # Whole numbers beyond this are not the same in an array with a float in it; NaN is not below it, either.
+            if array.dtype.kind not in "iuf" or not np.abs(array).max() < _EXACT:
+                return None
+            rows, wrong = self.prepare_rows(array)
+        except (InvalidInput, ValueError, TypeError, OverflowError, RecursionError):
+            return None
+        return None if wrong else rows.unbind()
 
     @property
     def takes_rows(self) -> bool:
