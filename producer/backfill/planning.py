@@ -30,8 +30,8 @@ Source: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 #: seconds a chunk should take, at the pace of the sample: long against what it costs to send and commit one, short
 #: against what is lost with a worker. The last tenth of the rows is cut into quarters of it
 CHUNK_S: Final = 20.0
-#: bytes of a part at most
-PART_BYTES: Final = 256 << 20
+#: bytes of a part at most: a worker holds those of the chunks it runs
+PART_BYTES: Final = 64 << 20
 #: chunks a small input is cut into, so that several workers share it …
 FEW_CHUNKS: Final = 8
 #: … unless they would take less than so many seconds

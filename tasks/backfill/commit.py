@@ -91,7 +91,7 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
         rows_err: rows in the other.
     """
 
-    data: bytes
+    data: bytes | memoryview
     errors: bytes
     rows_ok: int
     rows_err: int
@@ -237,7 +237,7 @@ def sweep(store: Store) -> int:
     return len(names)
 
 
-def _stage(store: Store, name: str, data: bytes, staged: list[str]) -> FileRef:
+def _stage(store: Store, name: str, data: bytes | memoryview, staged: list[str]) -> FileRef:
     staged.append(store.stage(data))
     return FileRef(name=name, staged=staged[-1], bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 

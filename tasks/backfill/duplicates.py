@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 else:
     from .extra import np, pa
 
-#: files the hashes are spread over; one of them is in memory at a time
-_BUCKETS = 64
+#: files the hashes are spread over; one of them is in memory at a time. Some systems allow a process 256 open files
+_BUCKETS = 128
 #: ids named as examples
 _EXAMPLES = 5
 #: suspects compared in the second pass at most; more of them are duplicates beyond doubt
@@ -59,7 +59,8 @@ def _suspects(arrays: Iterable[pa.Array]) -> tuple[int, npt.NDArray[np.int64]]:
                 file.write(hashes[order[bounds[bucket] : bounds[bucket + 1]]].tobytes())
         for file in files:
             file.seek(0)
-            hashes = np.sort(np.frombuffer(file.read(), np.int64))
+            hashes = np.fromfile(file, np.int64)
+            hashes.sort()
             again = hashes[1:][hashes[1:] == hashes[:-1]]
             count += len(again)
             if kept < _SUSPECTS:

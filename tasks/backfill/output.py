@@ -10,6 +10,7 @@ Laws:
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -151,6 +152,7 @@ class PartWriter:
                 f"chunk {self._plan.chunk_id(self._chunk)}: {self._rows_ok} predictions and {len(self._failures)} "
                 f"failed rows are not the {self._rows} rows of the plan"
             )
+        data: bytes | memoryview
         if self._groups is not None:
             data = self._groups.finish()
         else:
@@ -237,7 +239,8 @@ class _Groups:
             ).decode(),
         }
         self._schema = schema.with_metadata(metadata)
-        self._sink = pa.BufferOutputStream()
+        # Not Arrow's own stream: that one doubles and copies as it grows, and Arrow's pool keeps what it has left.
+        self._sink = io.BytesIO()
         self._file = pq.ParquetWriter(
             self._sink, self._schema, compression="zstd", version="2.6", write_statistics=True
         )
@@ -252,17 +255,18 @@ class _Groups:
         while self._rows >= self._group_rows:
             self._write(self._group_rows)
 
-    def finish(self) -> bytes:
-        """The file."""
+    def finish(self) -> memoryview:
+        """The file; no copy of it."""
         self._write(self._rows)
         self._file.close()
-        return self._sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+        return self._sink.getbuffer().toreadonly()
 
     def _write(self, rows: int) -> None:
         table = pa.Table.from_batches(self._held, self._held[0].schema if self._held else self._schema)
         if rows:
             group = table.slice(0, rows).combine_chunks()
             self._file.write_table(group.replace_schema_metadata(self._schema.metadata), rows)
+        pa.default_memory_pool().release_unused()  # what reading and encoding have freed; Arrow's pool would keep it
         self._rows -= rows
         self._held = table.slice(rows).to_batches()
 

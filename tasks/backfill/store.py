@@ -45,7 +45,7 @@ class Store(Protocol):
             OutputError: if none does; the message says what was tried and what came back.
         """
 
-    def stage(self, data: bytes, folder: str = STAGING) -> str:
+    def stage(self, data: bytes | memoryview, folder: str = STAGING) -> str:
         """Write an object under a fresh name in a folder nobody reads, durably; return the name."""
 
     def create(self, name: str, data: bytes) -> bool:

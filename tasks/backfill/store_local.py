@@ -59,7 +59,7 @@ class LocalStore:
             self.remove(name)
             self.remove(f"{name}-3")
 
-    def stage(self, data: bytes, folder: str = STAGING) -> str:
+    def stage(self, data: bytes | memoryview, folder: str = STAGING) -> str:
         """Write and sync a file under a name nobody else has."""
         name = f"{folder}/{uuid.uuid4().hex}"
         path = self.root / name
@@ -203,7 +203,7 @@ def _same(one: Path, other: Path) -> bool:
         return False
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes | memoryview) -> None:
     with path.open("xb") as file:
         file.write(data)
         file.flush()

@@ -56,11 +56,11 @@ class RemoteStore:
                 self.remove(f"{name}-3")
         return "put"
 
-    def stage(self, data: bytes, folder: str = STAGING) -> str:
+    def stage(self, data: bytes | memoryview, folder: str = STAGING) -> str:
         """Put an object under a name nobody else has."""
         name = f"{folder}/{uuid.uuid4().hex}"
         with refusals(self.url, "write to"):
-            self._put(name, data)
+            self._put(name, bytes(data))
         return name
 
     def create(self, name: str, data: bytes) -> bool:

@@ -34,7 +34,7 @@ class RetryStore:
         """Of the folder."""
         return self._store.probe()
 
-    def stage(self, data: bytes, folder: str = layout.STAGING) -> str:
+    def stage(self, data: bytes | memoryview, folder: str = layout.STAGING) -> str:
         """Apart from what the backfill itself has staged: closing that one sweeps its own."""
         return self._store.stage(data, self._name(folder)).removeprefix(f"{self._folder}/")
 

@@ -45,6 +45,7 @@ from .attempt import Attempt, GivenUp, hint
 from .block import Block
 from .measure import Measurement
 from .scoring import Device, Scorer, scorer_for
+from .trim import trim
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,8 @@ class ChunkRunner:
         except (redis.RedisError, OperationalError) as err:
             # A chunk that was scored is committed; its message comes again to see to the rest. Without it nobody might.
             raise task.again(AGAIN_S) from err
+        finally:
+            trim()
 
     def _run_chunk(self, task: BoundTask, call: ChunkCall, window: Window) -> dict[str, Any]:
         try:
