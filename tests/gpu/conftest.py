@@ -9,7 +9,7 @@ import torch
 from nograd.tasks.modelfile import load_model_file
 from nograd.workers.engine import Engine
 from nograd.workers.models import open_model
-from nograd.workers.models.warmup import warm_up
+from nograd.workers.models.warmup import steps
 
 from .support import CPU, CUDA, Driver
 
@@ -64,7 +64,8 @@ def host(models):
         model = open_model(models(it=table), "it")
         with torch.no_grad():
             model.load(device)
-        warm_up(model)
+        for step in steps(model):
+            step()
         return model
 
     return load

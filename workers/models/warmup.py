@@ -14,16 +14,6 @@ if TYPE_CHECKING:
     from .base import HostedModel
 
 
-def warm_up(model: HostedModel) -> None:
-    """Run all `steps` on this thread.
-
-    Raises:
-        ModelFileError: naming the model and what it raised, whatever that was.
-    """
-    for step in steps(model):
-        step()
-
-
 def steps(model: HostedModel) -> Iterator[Callable[[], None]]:
     """Each example through *prepare → forward → finish*, in batches of each of the model's `batch_sizes`.
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from nograd.tasks.modelfile import load_model_file
 from nograd.workers.models import open_model
-from nograd.workers.models.warmup import warm_up
+from nograd.workers.models.warmup import steps
 
 CPU = torch.device("cpu")
 _names = (f"user_code_{n}" for n in itertools.count())
@@ -61,7 +61,8 @@ def hosted(opened):
         model = opened(table)
         with torch.no_grad():
             model.load(CPU)
-        warm_up(model)
+        for step in steps(model):
+            step()
         return model
 
     return host

@@ -9,7 +9,7 @@ from nograd.tasks.errors import InvalidInput, ModelFileError
 from nograd.tasks.modelfile import load_model_file
 from nograd.workers.models import open_model
 from nograd.workers.models.images import decode_image
-from nograd.workers.models.warmup import warm_up
+from nograd.workers.models.warmup import steps
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,8 @@ def photos(resnet):
     file.write_text("[photos]\n" + table(path.name, "top = 1000"))
     model = open_model(load_model_file(file), "photos")
     model.load(torch.device("cpu"))
-    warm_up(model)
+    for step in steps(model):
+        step()
     return model
 
 

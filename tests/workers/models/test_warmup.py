@@ -4,7 +4,7 @@ import torch
 from nograd.tasks.errors import InvalidInput, ModelFileError
 from nograd.tasks.modelfile import BatchLimits, PythonSpec
 from nograd.workers.models import HostedModel
-from nograd.workers.models.warmup import warm_up
+from nograd.workers.models.warmup import steps
 
 
 class Recorder(HostedModel):
@@ -30,6 +30,11 @@ class Recorder(HostedModel):
 
     def examples(self):
         return ["a", "b"]
+
+
+def warm_up(model):
+    for step in steps(model):
+        step()
 
 
 @pytest.fixture
