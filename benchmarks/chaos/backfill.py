@@ -120,6 +120,11 @@ class Chaos:
         backfills.drive(self.client, job, 120, until=window.clear)  # each turn: the one that is held renews its claim
         self.moments.release()
 
+    def unsent(self, _pid: int, job: Job) -> None:
+        """Whoever tops up dies before it has sent anything."""
+        backfills.window_of(self.client, job).top_up(range(job.plan.chunks), most=job.plan.chunks)
+        self.moments.release()
+
     def round(self, number: int, planned: Job, fault: str, moment: str) -> list[str]:
         """One backfill with one fault; what is wrong in the end."""
         self.fill()
@@ -147,7 +152,7 @@ class Chaos:
         self.redis.kill()
 
 
-FAULTS = ("kill", "kill_both", "freeze", "term", "flush", "restart", "forget")
+FAULTS = ("kill", "kill_both", "freeze", "term", "flush", "restart", "forget", "unsent")
 
 
 def main(arguments: list[str]) -> int:
