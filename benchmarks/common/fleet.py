@@ -84,7 +84,7 @@ def workers(
 
 
 def results(client: redis.Redis) -> int:
-    """How many results are stored, but for a handful: what has an end in Redis is a result, or one of a few other keys."""
+    """How many results are stored, give or take a handful: what has an end in Redis is a result, or one of few others."""
     return int(client.info("keyspace").get("db0", {}).get("expires", 0))
 
 
