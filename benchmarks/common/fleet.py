@@ -84,7 +84,7 @@ def workers(
 
 
 def results(client: redis.Redis) -> int:
-    """How many results are stored, give or take a handful: what has an end in Redis is a result, or one of few others."""
+    """How many results are stored, give or take a handful: few other keys have an end in Redis."""
     return int(client.info("keyspace").get("db0", {}).get("expires", 0))
 
 
