@@ -28,7 +28,7 @@ demo: install  ## private Redis, a worker, Flower; six models answer real inputs
 	$(BIN)/nograd demo $(DEMO_ARGS)
 
 test: lint  ## what CI runs
-	$(BIN)/pytest -m 'not slow and not gpu' --numprocesses $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/pytest -m 'not slow and not gpu' --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-long: install  ## the tests that take minutes
 	$(BIN)/pytest -m 'slow and not gpu' --timeout 1800 $(PYTEST_ARGS)

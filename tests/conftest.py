@@ -25,6 +25,15 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 
 
+#: folders whose files start many processes, each of which takes seconds to import torch
+LONG = ("integration", "workers", "producer", "transport")
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first: `make test` hands out whole files in this order, and nobody shall wait for a long one alone."""
+    items.sort(key=lambda item: LONG.index(item.path.parent.name) if item.path.parent.name in LONG else len(LONG))
+
+
 class WorkerProcess:
     """A real ``celery worker`` of nograd, its log in a file."""
 

@@ -21,49 +21,39 @@ SIMULATED_BATCH = 64
 NUMBERS_BATCH = 4096
 TEXT_BATCH = 32
 
-MODEL_FILE = f"""
-[mlp]
+_ROWS = """
+[{}]
 loader = "module"
-class = "common.hosted:MLP"
-weights = "mlp.pth"
+class = "common.hosted:{}"
+weights = "{}.pth"
 input = "rows"
 shape = [16]
-batch = {{ max_items = 64 }}
+batch = {{ max_items = {} }}
+"""
 
+_TEXT = """
+[{}]
+loader = "python"
+class = "common.hosted:{}"
+input = "text"
+batch = {{ max_items = {} }}
+"""
+
+MODEL_FILE = f"""
 [resnet18]
 loader = "torchvision"
 model = "resnet18"
 weights = "resnet18.pth"
 batch = {{ max_items = {IMAGE_BATCH} }}
-
-[accelerator]
-loader = "module"
-class = "common.hosted:SimulatedAccelerator"
-weights = "accelerator.pth"
-input = "rows"
-shape = [16]
-batch = {{ max_items = {SIMULATED_BATCH} }}
-
-[table]
-loader = "module"
-class = "common.hosted:MLP"
-weights = "mlp.pth"
-input = "rows"
-shape = [16]
-batch = {{ max_items = {NUMBERS_BATCH} }}
-
-[bucketed]
-loader = "python"
-class = "common.hosted:Bucketed"
-input = "text"
-batch = {{ max_items = {TEXT_BATCH} }}
-
-[as-they-come]
-loader = "python"
-class = "common.hosted:AsTheyCome"
-input = "text"
-batch = {{ max_items = {TEXT_BATCH} }}
-"""
+""" + "".join(
+    [
+        _ROWS.format("mlp", "MLP", "mlp", 64),
+        _ROWS.format("accelerator", "SimulatedAccelerator", "accelerator", SIMULATED_BATCH),
+        _ROWS.format("table", "MLP", "mlp", NUMBERS_BATCH),
+        _TEXT.format("bucketed", "Bucketed", TEXT_BATCH),
+        _TEXT.format("as-they-come", "AsTheyCome", TEXT_BATCH),
+    ]
+)
 
 _FORWARD = struct.Struct("ddI")
 

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ import torch
 from nograd.tasks.errors import ModelFileError, Overloaded
 from nograd.workers.memory import free
 from nograd.workers.models import open_model
+from waiting import PATIENCE_S, until
 
 from .support import CPU, CUDA
 
@@ -67,15 +67,15 @@ def allocated(device):
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
-def test_batches_in_a_row_do_not_get_each_other_s_inputs(drive, models, code, tmp_path, device):
+def test_batches_in_a_row_do_not_get_each_other_s_inputs(drive, models, user_code, tmp_path, device):
     """Inputs are copied from pinned memory without waiting: it must not be filled again before it was read."""
-    driver = drive(models(same=linear(code(CODE), tmp_path / "w.pth", 64, "batch = { max_items = 16 }")), device)
+    driver = drive(models(same=linear(user_code(CODE), tmp_path / "w.pth", 64, "batch = { max_items = 16 }")), device)
     rows = [[float(n)] * 64 for n in range(800)]
     assert driver.answers(driver.send("same", rows)) == rows
 
 
-def test_two_models_answer_side_by_side(drive, models, code, tmp_path, device):
-    name = code(CODE)
+def test_two_models_answer_side_by_side(drive, models, user_code, tmp_path, device):
+    name = user_code(CODE)
     driver = drive(models(same=linear(name, tmp_path / "w.pth", 8), double=python(name, "Double")), device)
     sent = []
     for n in range(200):
@@ -85,13 +85,13 @@ def test_two_models_answer_side_by_side(drive, models, code, tmp_path, device):
     assert answers[1::2] == [2 * n for n in range(200)]
 
 
-def test_a_batch_that_runs_out_of_memory_is_split_and_every_item_answered(drive, models, code, device):
+def test_a_batch_that_runs_out_of_memory_is_split_and_every_item_answered(drive, models, user_code, device):
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, 512 * 1024**2 / total), device)  # eight items at most
     try:
         keys = "init = { most = 8 }\nbatch = { max_items = 64, max_wait_ms = 200 }"
-        driver = drive(models(hungry=python(code(CODE), "Hungry", keys)), device)
+        driver = drive(models(hungry=python(user_code(CODE), "Hungry", keys)), device)
         assert driver.answers(driver.send("hungry", range(64))) == [n + 1 for n in range(64)]
         assert driver.answers(driver.send("hungry", range(64))) == [n + 1 for n in range(64)]
     finally:
@@ -99,9 +99,9 @@ def test_a_batch_that_runs_out_of_memory_is_split_and_every_item_answered(drive,
             torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-def test_an_input_too_large_even_alone_fails_alone_and_the_memory_is_there_again(drive, models, code, device):
+def test_an_input_too_large_even_alone_fails_alone_and_the_memory_is_there_again(drive, models, user_code, device):
     keys = "batch = { max_items = 16, max_wait_ms = 200 }"
-    driver = drive(models(eternal=python(code(CODE), "Eternal", keys)), device)
+    driver = drive(models(eternal=python(user_code(CODE), "Eternal", keys)), device)
     before = allocated(device)
     values = ["a", "huge", "b", "c"]
     answers = driver.answers(driver.send("eternal", values))
@@ -110,8 +110,8 @@ def test_an_input_too_large_even_alone_fails_alone_and_the_memory_is_there_again
     assert allocated(device) <= before + 1024**2
 
 
-def test_models_are_measured_refused_over_the_budget_and_freed(drive, models, code, tmp_path, device):
-    name, megabyte = code(CODE), 1024**2
+def test_models_are_measured_refused_over_the_budget_and_freed(drive, models, user_code, tmp_path, device):
+    name, megabyte = user_code(CODE), 1024**2
     file = models(
         small=linear(name, tmp_path / "s.pth", 512),  # 1 MiB
         large=linear(name, tmp_path / "l.pth", 2048),  # 16 MiB
@@ -126,10 +126,7 @@ def test_models_are_measured_refused_over_the_budget_and_freed(drive, models, co
     assert list(engine.models) == ["small", "large"]
     assert driver.answers(driver.send("large", [[1.0] * 2048])) == [[1.0] * 2048]
     assert engine.remove("large").result(60) == []
-    deadline = time.monotonic() + 10
-    while allocated(device) > before + megabyte and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert allocated(device) <= before + megabyte
+    until(lambda: allocated(device) <= before + megabyte)
     assert driver.answers(driver.send("small", [[2.0] * 512])) == [[2.0] * 512]
 
 
@@ -156,9 +153,9 @@ assert lost.wait(60)
 
 
 @pytest.mark.parametrize("device", [CUDA])
-def test_a_failed_assertion_on_the_device_is_a_lost_device_not_a_failed_job(models, code, device):
+def test_a_failed_assertion_on_the_device_is_a_lost_device_not_a_failed_job(models, user_code, device):
     """In a process of its own: nothing can be run on the GPU after it."""
-    name = code("""
+    name = user_code("""
 import torch
 
 class Table:
@@ -173,13 +170,13 @@ class Table:
     assert "RESOLVED" not in done.stdout
 
 
-def test_a_worker_uses_its_device(start_worker, models, code, redis_url, device):
+def test_a_worker_uses_its_device(start_worker, models, user_code, redis_url, device):
     from nograd.producer import Client
 
-    file = models(double=python(code(CODE), "Double"))
+    file = models(double=python(user_code(CODE), "Double"))
     worker = start_worker(file.path, env={"CUDA_VISIBLE_DEVICES": ""} if device == CPU else {})
     with Client(redis_url, models=file.path) as client:
         assert list(client.map("double", range(100))) == [2 * n for n in range(100)]
-        [stats] = client.broker.workers(3).values()
+        [stats] = client.broker.workers(PATIENCE_S, [worker.name]).values()
         assert stats["device"] == str(device)
     assert worker.stop() == 0

@@ -46,12 +46,12 @@ TOLERANCE = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 @pytest.fixture
-def net(code, tmp_path):
+def net(user_code, tmp_path):
     def table(cls, keys):
         scope = {}
         exec(NETS, scope)
         torch.save(scope[cls]().state_dict(), tmp_path / "w.pth")
-        return f'loader = "module"\nclass = "{code(NETS)}:{cls}"\nweights = "w.pth"\n{keys}\n'
+        return f'loader = "module"\nclass = "{user_code(NETS)}:{cls}"\nweights = "w.pth"\n{keys}\n'
 
     return table
 

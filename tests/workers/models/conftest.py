@@ -1,44 +1,16 @@
 """Real models, saved to disk by each test as their authors would, and opened through a model file."""
 
 import io
-import itertools
-import sys
 
 import pytest
 import torch
 from PIL import Image
 
+from model_files import clean, ready, user_code  # noqa: F401 - fixtures
 from nograd.tasks.modelfile import load_model_file
 from nograd.workers.models import open_model
-from nograd.workers.models.warmup import steps
 
 CPU = torch.device("cpu")
-_names = (f"user_code_{n}" for n in itertools.count())
-
-
-@pytest.fixture(autouse=True)
-def clean_path():
-    """Loaders put folders on the path and leave them there; a test must not see those of another."""
-    before = list(sys.path)
-    yield
-    sys.path[:] = before
-
-
-@pytest.fixture(autouse=True)
-def same_weights():
-    torch.manual_seed(7)
-
-
-@pytest.fixture
-def user_code(tmp_path):
-    """Write a module beside the model file; returns its name, which no other test has."""
-
-    def write(source):
-        name = next(_names)
-        (tmp_path / f"{name}.py").write_text(source)
-        return name
-
-    return write
 
 
 @pytest.fixture
@@ -57,15 +29,7 @@ def opened(tmp_path):
 def hosted(opened):
     """Open, load and warm up, as the engine does."""
 
-    def host(table):
-        model = opened(table)
-        with torch.no_grad():
-            model.load(CPU)
-        for step in steps(model):
-            step()
-        return model
-
-    return host
+    return lambda table: ready(opened(table), CPU)
 
 
 @pytest.fixture
