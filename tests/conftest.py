@@ -99,22 +99,46 @@ def redis_url():
         gc.collect()  # Celery's results unsubscribe when they are collected, and wait long for a server that is gone
 
 
+class Workers:
+    """Starts workers, on the Redis of the module if no other is given."""
+
+    def __init__(self, folder: Path, redis_url: str):
+        self._folder, self._redis_url, self._started = folder, redis_url, []
+
+    def __call__(self, models, *args, ready=True, redis_url=None, **options):
+        log = self._folder / f"w{len(self._started)}-{self._folder.name}.log"
+        url = redis_url or self._redis_url
+        worker = WorkerProcess(log, url, models, args, **options)
+        self._started.append((url, worker))
+        return worker.wait_until_ready() if ready else worker
+
+    @contextlib.contextmanager
+    def redis(self):
+        """Another Redis. Its workers end before it does: one whose Redis is away takes long to stop."""
+        from nograd.producer.embedded import EmbeddedRedis
+
+        with EmbeddedRedis() as server:
+            try:
+                yield server
+            finally:
+                self.stop(server.url)
+                gc.collect()  # as below
+
+    def stop(self, redis_url):
+        """End the workers of a Redis, all at once."""
+        mine = [worker for url, worker in self._started if url == redis_url and worker.alive()]
+        for worker in mine:
+            worker.process.terminate()
+        for worker in mine:
+            worker.stop()
+
+
 @pytest.fixture(scope="module")
 def start_worker(redis_url, tmp_path_factory):
     """Start workers; they end with the module."""
-    folder = tmp_path_factory.mktemp("workers")
-    started = []
-
-    def start(models, *args, ready=True, **options):
-        log = folder / f"w{len(started)}-{folder.name}.log"
-        worker = WorkerProcess(log, options.pop("redis_url", redis_url), models, args, **options)
-        started.append(worker)
-        return worker.wait_until_ready() if ready else worker
-
-    yield start
-    for worker in started:
-        if worker.alive():
-            worker.stop()
+    made = Workers(tmp_path_factory.mktemp("workers"), redis_url)
+    yield made
+    made.stop(redis_url)
 
 
 @pytest.fixture

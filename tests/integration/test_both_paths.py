@@ -15,7 +15,6 @@ import redis as redis_py
 from celery import signature
 
 import fleet_of_tests
-from nograd.producer.embedded import EmbeddedRedis
 from nograd.tasks import PREDICT_TASK, create_app
 from nograd.tasks.settings import Settings
 from waiting import PATIENCE_S as TIMEOUT
@@ -89,7 +88,7 @@ def run_jobs(start_worker, folder, *, complete, extended, events):
     """What a worker leaves of `JOBS`: raw results by job, their lifetimes, and events by job; and how it settled."""
     name = f"paths_{'complete' if complete else 'fast'}_{extended}_{events}"
     (folder / f"{name}.py").write_text(APP.format(complete=complete, extended=extended, events=events))
-    with EmbeddedRedis() as server, redis_py.Redis.from_url(server.url) as redis:
+    with start_worker.redis() as server, redis_py.Redis.from_url(server.url) as redis:
         worker = start_worker(folder / "models.toml", "-n", "both@here", app=name, cwd=folder, redis_url=server.url)
         app = create_app(Settings(server.url))
         with listening(app) as seen:

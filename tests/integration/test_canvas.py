@@ -19,7 +19,6 @@ from celery.result import GroupResult
 
 import own_tasks
 import stock_app
-from nograd.producer.embedded import EmbeddedRedis
 from nograd.tasks import create_app
 from nograd.tasks.settings import Settings
 
@@ -85,7 +84,7 @@ def fleets(request, start_worker, tmp_path_factory):
     models = tmp_path_factory.mktemp("canvas") / "models.toml"
     models.write_text('[triple]\nloader = "python"\nclass = "own_tasks:Triple"\nbatch = { max_items = 16 }\n')
     stock = {"app": "stock_app", "cwd": FLEET}
-    with EmbeddedRedis() as mine, EmbeddedRedis() as other, contextlib.ExitStack() as stack:
+    with start_worker.redis() as mine, start_worker.redis() as other, contextlib.ExitStack() as stack:
         start_worker(models, *(["-I", "own_tasks"] if together else []), redis_url=mine.url, cwd=FLEET)
         tasks, queues = (
             ("own_tasks,plain_predict", "own,nograd.triple") if together else ("plain_predict", "nograd.triple")

@@ -13,7 +13,6 @@ import pytest
 
 import fleet_of_tests
 from nograd.producer import Client
-from nograd.producer.embedded import EmbeddedRedis
 from nograd.tasks import transport
 from nograd.tasks.errors import WorkerDied
 from waiting import PATIENCE_S, until
@@ -40,8 +39,8 @@ def models(tmp_path):
 
 
 @pytest.fixture
-def redis():
-    with EmbeddedRedis() as server:
+def redis(start_worker):
+    with start_worker.redis() as server:
         yield server
 
 

@@ -14,7 +14,6 @@ import pytest
 import redis as redis_client
 
 import own_tasks
-from nograd.producer.embedded import EmbeddedRedis
 from nograd.tasks import create_app, errors
 from nograd.tasks.settings import Settings
 from waiting import PATIENCE_S as TIMEOUT
@@ -88,7 +87,7 @@ class Fleet:
 @pytest.fixture
 def fleet(models, start_worker):
     """A Redis for one test, without workers so far; they end with the module."""
-    with EmbeddedRedis() as server:
+    with start_worker.redis() as server:
         made = Fleet(server, models, start_worker)
         yield made
         made.app.close()
@@ -97,7 +96,7 @@ def fleet(models, start_worker):
 @pytest.fixture(scope="module")
 def shared(models, start_worker):
     """One worker that does not end in any test, with extended results."""
-    with EmbeddedRedis() as server:
+    with start_worker.redis() as server:
         made = Fleet(server, models, start_worker)
         made.start(conf={"result_extended": True})
         yield made
@@ -107,7 +106,7 @@ def shared(models, start_worker):
 @pytest.fixture(scope="module")
 def narrow(models, start_worker):
     """One worker that holds a single message: all others are in the queue. Task signals are noted."""
-    with EmbeddedRedis() as server:
+    with start_worker.redis() as server:
         made = Fleet(server, models, start_worker)
         made.start("-I", "signal_log", "-c", "1")
         yield made

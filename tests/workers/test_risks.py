@@ -11,7 +11,6 @@ import pytest
 
 import fleet_of_tests
 from nograd.producer import Client
-from nograd.producer.embedded import EmbeddedRedis
 from nograd.tasks import errors, transport
 from nograd.workers import risk, watchdog
 from nograd.workers.risk import Gate, Risks
@@ -68,7 +67,7 @@ loader = "python"
 class = "fleet_of_tests:Slow"
 """
     )
-    with EmbeddedRedis() as redis, Client(redis.url, models=models) as client:
+    with start_worker.redis() as redis, Client(redis.url, models=models) as client:
         made = Fleet(tmp_path, start_worker, redis, client, models)
         yield made
         (tmp_path / "open").touch()
