@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from nograd.workers.models.warmup import warm_up
+from nograd.workers.models.warmup import steps
 
 _names = (f"user_code_{n}" for n in itertools.count())
 
@@ -36,5 +36,6 @@ def ready(model, device):
     """Load a model and warm it up, as the engine does."""
     with torch.no_grad():
         model.load(device)
-    warm_up(model)
+    for step in steps(model):
+        step()
     return model
