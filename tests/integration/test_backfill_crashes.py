@@ -211,7 +211,7 @@ def test_chunks_whose_sender_died_before_it_sent_them_are_run_though_nobody_driv
     fleet.replace()
     first, _ = backfills.window_of(client, job).top_up(range(job.plan.chunks), most=2)
     send_chunk(client.app, job, first)  # and here whoever sends dies
-    backfills.until(lambda: job.store.size("_SUCCESS"), "the end", 90)
+    backfills.until(lambda: job.store.size("_SUCCESS"), "the end", 150)
     check_same(job, undisturbed)
 
 
@@ -227,7 +227,7 @@ def test_redis_is_killed_over_the_last_message_of_a_backfill_that_nobody_drives(
     moments.release()
     moments.wait_left()
     server.start()
-    backfills.until(lambda: job.store.size("_SUCCESS"), "the end", 90)
+    backfills.until(lambda: job.store.size("_SUCCESS"), "the end", 150)
     check_same(job, undisturbed)
 
 
