@@ -381,7 +381,7 @@ class Backfill:
         stage = self._stages.last()
         if self._budget_given:
             self._set(error_budget=self._budget)
-        self._set(stage.job.store, wish="run", why=None)
+        self._set(stage.job.store, wish="run", why=None, since=time.time())
         with self._client.broker.errors():
             stage.window.wish = "run"
         self._pump(stage, sending_s=0)  # nobody may come to look again
@@ -435,7 +435,7 @@ class Backfill:
         except BrokerUnavailable as err:
             trouble = trouble or err.message
         closed = stage.closed
-        progress = self._stages.progress()
+        progress = self._stages.progress(wanted.since)
         budget = state.read(self._store).error_budget
         name = "done" if closed else _name(wish, why, progress, hints["running"])
         return Status(

@@ -61,9 +61,9 @@ class Stages:
         """The one that is, or was last, under way."""
         return self.look()[-1]
 
-    def progress(self) -> Progress:
-        """Of all together, as of the last `look`."""
-        whole, *again = [stage.observer.look() for stage in self._found]
+    def progress(self, since: float) -> Progress:
+        """Of all together, as of the last `look`; ``since`` the last one was resumed."""
+        whole, *again = [stage.observer.look(since) for stage in self._found]
         return together(whole, again)
 
     def _add(self, job: Job) -> None:

@@ -82,8 +82,11 @@ class Observer:
         self._workers: dict[str, int] = {}
         self._recent: list[tuple[float, float, int]] = []  # (ended, seconds, rows), the last ones
 
-    def look(self) -> Progress:
+    def look(self, since: float = 0.0) -> Progress:
         """Read the records that are new.
+
+        Args:
+            since: when it was last resumed, seconds since the epoch: before that no commit was to be expected.
 
         Raises:
             BackfillError: if one is of another plan.
@@ -103,7 +106,7 @@ class Observer:
             eta_low_s=0.0 if finished else high and left / high,
             eta_high_s=0.0 if finished else low and left / low,
             last_commit_at=last,
-            stalled=not finished and self._is_stalled(last),
+            stalled=not finished and self._is_stalled(last, since),
             workers=dict(sorted(self._workers.items())),
             **self._sums,
         )
@@ -132,11 +135,11 @@ class Observer:
         known = [pace for pace in paces if pace]
         return (min(known), max(known), paces[2]) if known else (None, None, None)
 
-    def _is_stalled(self, last: float | None) -> bool:
+    def _is_stalled(self, last: float | None, since: float) -> bool:
         if last is None:
             return False
         usual = statistics.median(seconds for _, seconds, _ in self._recent)
-        return self._clock() - last > max(_STALL_FACTOR * usual, _STALL_S)
+        return self._clock() - max(last, since) > max(_STALL_FACTOR * usual, _STALL_S)
 
 
 def _rate(recent: list[tuple[float, float, int]]) -> float | None:

@@ -23,11 +23,13 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
         wish: of the operator.
         why: what has stopped it, if nobody paused it by hand.
         error_budget: see `budget`; None for as many failed rows as there are.
+        since: when it was last resumed, seconds since the epoch.
     """
 
     wish: Wish = "run"
     why: str | None = None
     error_budget: float | None = None
+    since: float = 0.0
 
 
 def read(store: Store) -> State:

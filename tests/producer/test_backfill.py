@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pyarrow.dataset
 import pyarrow.parquet as pq
@@ -13,6 +14,7 @@ import pytest
 from nograd.producer.backfill import planning
 from nograd.tasks.backfill.budget import parse_budget
 from nograd.tasks.backfill.plan import ModelIdentity, load
+from nograd.tasks.backfill.state import read as read_state
 from nograd.tasks.backfill.store import open_store
 from nograd.tasks.backfill.task import Calibration
 from nograd.tasks.backfill.window import Window
@@ -129,7 +131,9 @@ def test_what_is_paused_stands_still_until_it_is_resumed(backfills, csv, tmp_pat
     assert job.status().state == "paused"
     assert job.status().progress.chunks_done == 0
     assert next(job.watch()).state == "paused"
+    before = time.time()
     other.resume()
+    assert read_state(open_store(tmp_path / "out")).since >= before
     assert job.follow(interval_s=0.05).state == "done"
 
 

@@ -182,6 +182,8 @@ def test_progress_is_told_by_the_commit_records_alone(job):
     assert observer.missing() == list(range(5, job.plan.chunks))
     late = Observer(job, clock=lambda: 1000.0)
     assert late.look().stalled
+    assert late.look(since=900.0).stalled
+    assert not late.look(since=950.0).stalled  # it had been paused, and goes on since then
     run(job)
     done = late.look()
     assert (done.done, done.eta_high_s, done.stalled) == (True, 0.0, False)
