@@ -96,6 +96,8 @@ def fleets(request, start_worker, tmp_path_factory):
         ours = stack.enter_context(contextlib.closing(create_app(Settings(mine.url))))
         plain = stack.enter_context(contextlib.closing(stock_app.make_app(other.url)))
         yield Fleet(ours, mine.url, "nograd.triple" if together else "own"), Fleet(plain, other.url, "own")
+        for app in (ours, plain):
+            app.backend._pending_results.concrete.clear()  # where Celery keeps the members of groups for good
         gc.collect()  # results unsubscribe while their server is still there
 
 
