@@ -226,7 +226,7 @@ def test_a_retry_under_other_weights_is_refused_with_a_way_out_that_works(empty,
         empty.gate.touch()
         job.retry()
         job.pause()
-    empty.gate.unlink()
+        empty.gate.unlink()  # a chunk that waits there finds the pause, and the worker can stop
     with empty.worker(weights="bb"):
         with pytest.raises(
             PlanChanged, match=r"weights was aa, is bb; put that back, or `nograd backfill retry .*/out --g"
