@@ -147,7 +147,8 @@ def configure_worker(
     specs = load_model_file(settings.models).specs
     app.conf.task_queues = [Queue(queue_name(name), routing_key=queue_name(name)) for name in specs]
     if not concurrency and not app.conf.worker_concurrency:
-        chosen = queues.split(",") if isinstance(queues, str) else list(queues or map(queue_name, specs))
+        named = queues.split(",") if isinstance(queues, str) else queues or map(queue_name, specs)
+        chosen = {name.strip() for name in named}
         largest = max((spec.batch.max_items for name, spec in specs.items() if queue_name(name) in chosen), default=1)
         app.conf.worker_concurrency = max(MIN_IN_FLIGHT, BATCHES_IN_FLIGHT * largest)
 

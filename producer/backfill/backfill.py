@@ -30,9 +30,9 @@ from nograd.tasks.backfill.pump import Pumped, pump
 from nograd.tasks.backfill.retry import draft_retry, give_up, remaining, rows_of
 from nograd.tasks.backfill.store import open_store
 from nograd.tasks.backfill.store_retry import RetryStore
-from nograd.tasks.backfill.task import hints_of, send_chunk
+from nograd.tasks.backfill.task import hints_of, send_chunk, sending_s
 from nograd.tasks.backfill.verify import Report, verify_all
-from nograd.tasks.backfill.window import SENDING_S, Wish
+from nograd.tasks.backfill.window import SENDING_S, Window, Wish
 from nograd.tasks.errors import (
     BackfillCancelled,
     BackfillError,
@@ -239,10 +239,8 @@ class Backfill:
             OutputError: if the folder cannot be written.
         """
         stage = self._stages.last()
-        if isinstance(stage.job.store, RetryStore):
-            with contextlib.suppress(BrokerUnavailable), self._client.broker.errors():
-                stage.window.wish = "cancel"  # nobody need run a chunk of it to the end
-        return give_up(self.job)
+        with self._cancelled(stage.window) if isinstance(stage.job.store, RetryStore) else contextlib.nullcontext():
+            return give_up(self.job)
 
     def run(
         self,
@@ -384,7 +382,7 @@ class Backfill:
         self._set(stage.job.store, wish="run", why=None, since=time.time())
         with self._client.broker.errors():
             stage.window.wish = "run"
-        self._pump(stage, sending_s=0)  # nobody may come to look again
+        self._pump(stage, least_s=0)  # nobody may come to look again
 
     def _want(self, wish: Wish) -> None:
         stage = self._stages.last()
@@ -392,11 +390,29 @@ class Backfill:
         with self._client.broker.errors():
             stage.window.wish = wish
 
-    def _pump(self, stage: Stage, sending_s: float = SENDING_S) -> Pumped:
-        job = stage.job
+    @contextlib.contextmanager
+    def _cancelled(self, window: Window) -> Iterator[None]:
+        """Nobody need run a chunk of it to the end; if what is done meanwhile fails, it is wanted as before."""
+        wish: Wish | None = None
+        why = None
+        with contextlib.suppress(BrokerUnavailable), self._client.broker.errors():
+            wish, why = window.wish or "run", window.why
+            window.wish = "cancel"
+        try:
+            yield
+        except BaseException:
+            if wish is not None:
+                with contextlib.suppress(BrokerUnavailable), self._client.broker.errors():
+                    window.wish = wish
+                    if why is not None:
+                        window.stop(why)  # the one it had stopped for
+            raise
+
+    def _pump(self, stage: Stage, least_s: float = SENDING_S) -> Pumped:
+        job, app = stage.job, self._client.app
         with self._client.broker.errors():
             stage.window.out = self.out
-            return pump(job, stage.window, lambda chunk: send_chunk(self._client.app, job, chunk), sending_s)
+            return pump(job, stage.window, lambda chunk: send_chunk(app, job, chunk), sending_s(app, least_s))
 
     def _turn(self) -> Status:
         """Keep it going, and look."""

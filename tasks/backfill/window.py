@@ -12,7 +12,8 @@ Laws:
 * Anybody may top up at any time (the driver, the CLI, a worker that has finished a chunk): a chunk is issued to one of
   them only, and no more chunks are on their way than the workers need.
 * A chunk whose message is nowhere, because whoever sent it or Redis died over it, is missing again after `SENDING_S`;
-  one whose message waits is not issued again, however long it waits.
+  one whose message waits is not issued again, however long it waits; only where messages cannot be looked for, or are
+  too many, after `BLIND_S`.
 * A chunk is run by one worker at a time, as long as that one renews its claim. A worker that was frozen longer loses
   it; what it commits afterwards loses, too.
 * A chunk that killed its worker leaves what it was about to run (its *cursor*), so that the next attempt runs those
@@ -34,6 +35,10 @@ from nograd.tasks.keys import LEASE_S, PRIORITY_SUFFIXES, queue_name
 #: seconds from issuing a chunk until its message is in the queue, at most; too short costs a message that ends at its
 #: first look
 SENDING_S: Final = 5.0
+#: the same where nobody can look for the message
+BLIND_S: Final = 300.0
+#: messages to look at for those of queued chunks; looking at more would hold up Redis
+LOOKED_AT: Final = 10_000
 #: seconds the keys of a backfill are kept after their last use
 KEPT_S: Final = 7 * 24 * 3600
 #: chunks that wait beyond one for each that runs, so that a worker that joins finds one
@@ -151,13 +156,15 @@ class Window:
 
         Args:
             model: in whose queue they are.
-            sending_s: seconds a message may take from `top_up` to the queue.
+            sending_s: seconds a message may take from `top_up` to the queue; more than `LOOKED_AT` of them are not
+                looked at, and it is `BLIND_S` at the least.
 
         Returns:
             Chunks without a message that were issued so short a time ago that it may still come.
         """
         keys = [self._keys[0], queue_name(model) + PRIORITY_SUFFIXES[-1], _UNACKED]
-        return int(self._lost(keys=keys, args=[int(sending_s * 1000), message_id(self._job)]))
+        args = [int(sending_s * 1000), message_id(self._job), LOOKED_AT, int(BLIND_S * 1000)]
+        return int(self._lost(keys=keys, args=args))
 
     def traffic(self) -> Traffic:
         """How many chunks are on their way."""

@@ -232,7 +232,17 @@ def test_a_retry_under_other_weights_is_refused_with_a_way_out_that_works(empty,
             PlanChanged, match=r"weights was aa, is bb; put that back, or `nograd backfill retry .*/out --g"
         ):
             job.retry()
+        window = job._stages.last().window
+        window.stop("trouble")
+        commits = tmp_path / "out" / "_retry" / "1" / "_commits"
+        shutil.rmtree(commits, ignore_errors=True)
+        commits.touch()  # a folder that cannot be written
+        with pytest.raises(OutputError):
+            job.give_up_retry()
+        assert (window.wish, window.why) == ("pause", "trouble")
+        commits.unlink()
         assert job.give_up_retry() == 11
+        assert window.wish == "cancel"
         now = job.status()
         assert (now.state, now.retries, now.progress.rows_err) == ("done", 1, 11)
         assert [each.rows for each in job.errors()] == [10, 1]

@@ -28,6 +28,7 @@ def held(tmp_path):
         ({}, BATCHES_IN_FLIGHT * 4096),
         ({"queues": ["nograd.small", "nograd.single"]}, BATCHES_IN_FLIGHT * 64),
         ({"queues": "nograd.small,nograd.single"}, BATCHES_IN_FLIGHT * 64),
+        ({"queues": "nograd.small, nograd.single "}, BATCHES_IN_FLIGHT * 64),
         ({"queues": ["nograd.single"]}, MIN_IN_FLIGHT),
         ({"queues": ["celery"]}, MIN_IN_FLIGHT),
     ],

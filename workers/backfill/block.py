@@ -5,6 +5,7 @@ Laws:
 * The rows of a block meet no others in a forward. A batch of a backfill is the same in every attempt, also beside
   online jobs, so its predictions are the same to the last bit.
 * A block that has to be halved takes a turn on the device for each forward: an online job waits for one of them.
+* A block of a chunk that was given up takes no turn any more.
 """
 
 from __future__ import annotations
@@ -34,12 +35,20 @@ class Block:
         dropped: the model was unloaded before all rows had been on the device.
         forwards: of the device thread: what is left to do.
         split: where to say that it did not fit into one forward.
+        left: set when nobody waits for the outcome any more.
     """
 
-    __slots__ = ("_done", "delivery", "dropped", "forwards", "id", "params", "rows", "segments", "split")
+    __slots__ = ("_done", "delivery", "dropped", "forwards", "id", "left", "params", "rows", "segments", "split")
 
     def __init__(
-        self, task_id: str, delivery: Any, params: Mapping[str, Any], rows: Sequence[Any], split: list[str]
+        self,
+        task_id: str,
+        delivery: Any,
+        params: Mapping[str, Any],
+        rows: Sequence[Any],
+        split: list[str],
+        *,
+        left: threading.Event | None = None,
     ) -> None:
         self.id = task_id
         self.delivery = delivery
@@ -47,6 +56,7 @@ class Block:
         self.rows = rows
         self.segments: list[tuple[int, int, Sequence[Any] | NogradError]] = []
         self.split = split
+        self.left = left or threading.Event()
         self.dropped = False
         self.forwards: Iterator[bool] | None = None
         self._done = threading.Event()
@@ -87,8 +97,11 @@ class Block:
         self._done.set()
 
     def abandoned(self) -> bool:
-        """Never: a chunk that is given up takes no more rows to the device, and forgets those that are there."""
-        return False
+        """Whether nobody waits for the outcome any more."""
+        return self.left.is_set()
+
+    def withdraw(self) -> None:
+        """Nothing: its message is the runner's, who has left."""
 
     def untouched(self) -> bool:
         """No: its message is not given back by itself; the runner lets go of the whole chunk."""

@@ -5,6 +5,8 @@ Laws:
 * Nothing is committed but a whole chunk, every row of the plan in it as a prediction or a failure.
 * An attempt that is not the owner any more, was paused, or is on a worker that stops, leaves no trace; the chunk is
   missing, and is run again.
+* Every row of a chunk was run by the very model that was compared with the plan, also if another one has come under its
+  name meanwhile.
 * What is wrong with the run and not with a row (a changed input, other weights, a full disk) pauses the backfill and
   says why. Nobody runs into it a thousand times over.
 """
@@ -34,7 +36,7 @@ from nograd.tasks.backfill.pump import pump
 from nograd.tasks.backfill.rows import Slice
 from nograd.tasks.backfill.sources import Reader, open_reader, reader_of
 from nograd.tasks.backfill.store import open_store
-from nograd.tasks.backfill.task import ChunkCall, Sample, hints_at, send_chunk
+from nograd.tasks.backfill.task import ChunkCall, Sample, hints_at, send_chunk, sending_s
 from nograd.tasks.backfill.window import SENDING_S, Window
 from nograd.tasks.errors import BackfillError, OutputError, PlanChanged, SourceError, UnknownModel
 from nograd.workers.engine import Engine
@@ -145,11 +147,14 @@ class ChunkRunner:
         except (Reject, Retry, redis.RedisError):
             raise
         except UnknownModel as err:  # it was unloaded here; the message is another worker's
+            with hint():
+                window.expect(call.chunk)
             raise Reject(err.message, requeue=True) from err
         except Exception as err:  # noqa: BLE001 - whatever it is, the backfill neither loops over it nor ends in silence
             return self._trouble(task, call, window, err)
+        app = task.celery.app
         try:
-            pumped = pump(job, window, lambda chunk: send_chunk(task.celery.app, job, chunk))
+            pumped = pump(job, window, lambda chunk: send_chunk(app, job, chunk), sending_s(app))
         except BackfillError as err:
             return self._stop(window, call, err)
         if not pumped.sure:
@@ -184,10 +189,11 @@ class ChunkRunner:
                 # Its owner is alive, or was until a moment ago: whoever was killed holds it for so long.
                 raise task.again(self._claim_s / 2)
             split: list[str] = []
-            device = self._device(task, model, job.plan.parameters, attempt, split)
             started_at = time.time()
-            part = self._score(call, job, model, device, attempt)
-            attempt.check()
+            with self._device(task, model, job.plan.parameters, attempt, split) as device:
+                part = self._score(call, job, model, device, attempt)
+                device.check()
+            self._same(model)  # of all blocks: one that was let go of never comes back
             done = commit.commit(
                 job.store, job.plan, call.chunk, part,
                 started_at=started_at, ended_at=time.time(), worker=self._worker, deviations=[*deviations, *split],
@@ -257,22 +263,26 @@ class ChunkRunner:
         model = self._hosted(sample.model)
         reader = reader_of(sample.source, lambda first, count: [sample.files[first + n] for n in range(count)])
         batch_rows = model.spec.batch.max_items
-        device = self._device(task, model, sample.parameters, _Unclaimed(self.closing), [])
-        scorer = scorer_for(model, sample.source, sample.parameters, device, self._threads, batch_rows=batch_rows)
         measurement = Measurement(sample.source)
         try:
-            for extent in sample.extents:
-                seconds = sample.seconds / len(sample.extents)
-                measurement.watch(scorer, reader.slices([extent], rows=batch_rows), seconds)
+            with self._device(task, model, sample.parameters, _Unclaimed(self.closing), []) as device:
+                scorer = scorer_for(
+                    model, sample.source, sample.parameters, device, self._threads, batch_rows=batch_rows
+                )
+                for extent in sample.extents:
+                    seconds = sample.seconds / len(sample.extents)
+                    measurement.watch(scorer, reader.slices([extent], rows=batch_rows), seconds)
         except GivenUp as err:
             raise Reject(str(err), requeue=True) from err
-        return measurement.result(batch_rows, self._identity(sample.model))
+        self._same(model)
+        return measurement.result(batch_rows, self._identity(model))
 
     # -- what both need ----------------------------------------------------------------------------------------------
 
+    @contextmanager
     def _device(
         self, task: BoundTask, model: HostedModel, params: Mapping[str, Any], hold: Hold, split: list[str]
-    ) -> Device:
+    ) -> Iterator[Device]:
         settings, task_id = model.settings(params), str(task.celery.request.id)
         chunk = Block(task_id, task.delivery, settings, (), split)  # what is to blame for a row that hangs
 
@@ -284,17 +294,23 @@ class ChunkRunner:
             finally:
                 self._engine.activities.end()
 
+        left = threading.Event()
+
         def submit(block: Block) -> None:
+            self._same(model)
             if not self._engine.queue.put([block.item(model.name)]):
                 raise GivenUp("the worker stops", requeue=True)
 
-        return Device(
-            submit=submit,
-            check=hold.check,
-            block=lambda rows: Block(task_id, task.delivery, settings, rows, split),
-            note=hold.note,
-            guard=guard,
-        )
+        try:
+            yield Device(
+                submit=submit,
+                check=hold.check,
+                block=lambda rows: Block(task_id, task.delivery, settings, rows, split, left=left),
+                note=hold.note,
+                guard=guard,
+            )
+        finally:
+            left.set()
 
     def _open(self, call: ChunkCall) -> tuple[Job, Reader]:
         """The plan and a reader of its inputs; of this thread, from the last chunk if that was of the same backfill."""
@@ -311,7 +327,7 @@ class ChunkRunner:
         """The model of a plan, if it is the one here; and in which versions of libraries it differs."""
         planned = job.plan.model
         model = self._hosted(planned.name)
-        mine = self._identity(planned.name)
+        mine = self._identity(model)
         changes = model_changes(planned, mine)
         if changes:
             raise PlanChanged(f"worker {self._worker}: {'; '.join(changes)}")
@@ -323,10 +339,17 @@ class ChunkRunner:
             raise UnknownModel(f"worker {self._worker} has no model {name!r}")
         return model
 
-    def _identity(self, name: str) -> ModelIdentity:
-        model = self._hosted(name)
+    def _same(self, model: HostedModel) -> None:
+        """Raise `UnknownModel` unless this very model is here; the queue knows it by its name alone."""
+        if self._engine.models.get(model.name) is not model:
+            raise UnknownModel(f"model {model.name!r} was unloaded, or loaded again")
+
+    @staticmethod
+    def _identity(model: HostedModel) -> ModelIdentity:
         libraries = ["torch", *filter(None, [_LIBRARIES.get(model.spec.loader)])]
-        return ModelIdentity(name=name, parts=dict(model.parts), versions={each: version(each) for each in libraries})
+        return ModelIdentity(
+            name=model.name, parts=dict(model.parts), versions={each: version(each) for each in libraries}
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,10 @@ import time
 import pytest
 import redis
 
+from nograd.tasks.backfill import window as windows
 from nograd.tasks.backfill.pump import pump
-from nograd.tasks.backfill.task import RUN_CHUNK, hints_of, send_chunk
-from nograd.tasks.backfill.window import SPARE, Window
+from nograd.tasks.backfill.task import RUN_CHUNK, hints_of, send_chunk, sending_s
+from nograd.tasks.backfill.window import BLIND_S, SENDING_S, SPARE, Window, message_id
 from nograd.tasks.celery import create_app
 from nograd.tasks.keys import CHUNKS, PRIORITY_SUFFIXES
 from nograd.tasks.settings import Settings
@@ -110,6 +111,53 @@ def test_a_message_of_another_chunk_folder_or_model_is_no_message(job, window, s
     assert window.find_lost("doubler", sending_s=600) == 1
     window.find_lost("doubler", sending_s=0)
     assert window.top_up(range(10), most=10) == [0]
+
+
+def test_who_sends_a_message_is_not_taken_for_the_message(job, window, app, connection):
+    window.top_up(range(10), most=10)
+    sender = message_id(hints_of(job), 0) + "abc"
+    app.send_task(
+        RUN_CHUNK, queue=QUEUE, priority=CHUNKS, root_id=sender, parent_id=sender, kwargsrepr=f'"id": "{sender}"'
+    )
+    assert sender in connection.lindex(LIST, 0).decode()
+    assert window.find_lost("doubler", sending_s=600) == 2
+
+
+def test_a_message_is_seen_wherever_in_the_queue_it_stands(job, window, sent, app, connection):
+    window.top_up(range(10), most=10)
+    send_chunk(app, job, 0)
+    connection.rpush(LIST, *["{}"] * 1200)
+    send_chunk(app, job, 1)
+    connection.rpush(LIST, "{}")
+    assert window.find_lost("doubler", sending_s=0) == 0
+    assert window.top_up(range(10), most=10) == []
+
+
+def test_among_too_many_messages_nobody_looks_and_nothing_is_lost_for_long(job, window, sent, connection, monkeypatch):
+    pump(job, window, sent)
+    connection.delete(LIST)
+    connection.rpush(LIST, "{}", "{}")
+    connection.hset("unacked", f"lease|{LIST}", "{}")
+    monkeypatch.setattr(windows, "LOOKED_AT", 2)
+    assert not pump(job, window, sent, sending_s=0).sent
+    monkeypatch.setattr(windows, "BLIND_S", 0)
+    assert pump(job, window, sent, sending_s=0).sent == SPARE
+
+
+def test_messages_that_cannot_be_seen_are_not_sent_again_and_again(job, window, sent, app, redis_url, connection):
+    assert (sending_s(app), sending_s(app, 0)) == (SENDING_S, 0)
+    broker = redis_url.rpartition("/")[0] + "/1"
+    app.conf.update(broker_read_url=broker, broker_write_url=broker)
+    for _ in range(3):
+        pump(job, window, sent, sending_s(app, 0))
+    assert sent.chunks == [0, 1]
+    assert not connection.exists(LIST)
+
+
+@pytest.mark.parametrize("renamed", [{"global_keyprefix": "x:"}, {"unacked_key": "x"}, {"sep": ":"}], ids=str)
+def test_messages_under_other_names_cannot_be_seen(app, renamed):
+    app.conf.broker_transport_options = {**app.conf.broker_transport_options, **renamed}
+    assert sending_s(app, 0) == BLIND_S
 
 
 def test_who_resumes_sends_what_was_lost_and_not_what_runs(job, window, sent, connection):
