@@ -172,6 +172,11 @@ class Engine:
         self._hooks = hooks or Hooks()
         #: rows of a backfill's batch that fit into one forward, where not all did, and when that was found out
         self._block_fits: WeakKeyDictionary[HostedModel, tuple[int, float]] = WeakKeyDictionary()
+        #: the time limit of each load on a thread of its own, until that thread ends
+        self._loads: dict[object, float] = {}
+        self.risks.unclear = self._loads
+        #: what waits for the device thread, and is told if that ends first
+        self._calls: set[Future[Any]] = set()
         self._on_device: Sequence[Item] = ()
         self._last_forward: Sequence[Item] = ()
         self._thread: threading.Thread | None = None
@@ -200,9 +205,14 @@ class Engine:
 
         One at a time: what a GPU holds is measured from before to after.
         """
+        token = object()
+        self._loads[token] = model.spec.load_timeout_s
 
         def load(model: HostedModel, wanted: Callable[[], bool]) -> None:
-            self._load(model, lambda errand: self._call(errand).result(), wanted)
+            try:
+                self._load(model, lambda errand: self._call(errand).result(), wanted)
+            finally:
+                del self._loads[token]
 
         return Loading(model, load, self._on_load_failed)
 
@@ -225,6 +235,10 @@ class Engine:
             if name in models
         }
 
+    def limits_s(self) -> list[float]:
+        """Seconds for which a model's code may hold the interpreter, for each model here or on its way."""
+        return [*(model.spec.hard_timeout_s for model in list(self.models.values())), *list(self._loads.values())]
+
     def expire(self) -> None:
         """Resolve every item whose deadline has passed, also those on the device. For the watchdog's thread."""
         now = time.monotonic()
@@ -242,8 +256,12 @@ class Engine:
                 return
             finally:
                 start.done.set()
-            while self._turn():
-                pass
+            try:
+                while self._turn():
+                    pass
+            finally:
+                for call in list(self._calls):
+                    call.set_exception(ConfigError("the worker is shutting down"))
 
     def _turn(self) -> bool:
         """One batch, or one change of models; False if that was the last."""
@@ -298,17 +316,17 @@ class Engine:
             self.activities.end()
 
     def _warm_up(self, model: HostedModel, step: Callable[[], None]) -> None:
-        self.activities.begin("the warm-up", model.name, [], model.spec.hard_timeout_s)
+        self.activities.begin("the warm-up", model.name, [], model.spec.load_timeout_s, "load_timeout_s")
         try:
-            step()
+            with self.risks.gate.alone():
+                step()
         finally:
             self.activities.end()
 
     def _enter(self, model: HostedModel, wanted: Callable[[], bool], began: float) -> None:
-        self.memory.close(model)
         if not wanted():
-            self.memory.forget(model.name)
             return
+        self.memory.close(model)
         self.stats[model.name] = ModelStats()
         self.models[model.name] = model
         self.queue.add_model(model.name, _limits(model))
@@ -332,6 +350,7 @@ class Engine:
         future: Future[T] = Future()
 
         def run() -> None:
+            self._calls.discard(future)
             try:
                 future.set_result(errand())
             except BaseException as err:  # whatever it is, whoever waits for it raises it
@@ -341,7 +360,9 @@ class Engine:
                     self._last_forward = ()  # over none of them
                     raise DeviceLost(f"{type(err).__name__}: {err}") from err
 
+        self._calls.add(future)
         if not self.queue.call(run):
+            self._calls.discard(future)
             future.set_exception(ConfigError("the worker is shutting down"))
         return future
 
@@ -399,7 +420,7 @@ class Engine:
             stats.count(len(items), sum(outcome.error is not None for _, outcome in outcomes), forward.device_s)
             for item, outcome in outcomes:
                 item.job.resolve(item.index, outcome, forward)
-        if fits is not None:
+        if fits is not None and not self._loads:  # what a load takes beside it is nobody's safe size
             self._hooks.on_fits(model.name, items[0].group, fits)
 
     def _run_block(self, model: HostedModel, item: Item) -> None:
@@ -440,7 +461,7 @@ class Engine:
             finally:
                 spent += time.monotonic() - began
             yield True
-        if fits is not None and fits < (self._known_fits(model) or fits + 1):
+        if fits is not None and not self._loads and fits < (self._known_fits(model) or fits + 1):
             self._block_fits[model] = (fits, time.monotonic())
         self.activities.end()
         self.stats[model.name].count(len(block.rows), failed, spent)
@@ -455,7 +476,7 @@ class Engine:
         """From here on the process may die, or hang, over these."""
         self._last_forward = items
         jobs = _jobs(items)
-        self._hooks.on_forward(jobs)
+        self._hooks.on_forward([] if self.risks.unclear else jobs)
         self.activities.begin(what, model.name, jobs, model.spec.hard_timeout_s)
 
     def _clear(self) -> None:

@@ -176,7 +176,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
 
         self.watchdog = Watchdog(
             engine.activities,
-            lambda: [model.spec.hard_timeout_s for model in list(engine.models.values())],
+            engine.limits_s,
             self._on_tick,
             self._on_hung,
         )

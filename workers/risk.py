@@ -4,7 +4,8 @@ Laws:
 
 * While code that may crash runs over a message, Redis knows that it does: if the process dies, that message counts a
   death, and comes back to run alone.
-* Nothing that may crash runs beside a message that runs alone. So a second death is its own fault, or not its fault.
+* Nothing that may crash runs beside a message that runs alone, but for the load of a model: while one is under way, no
+  message is named, for the death may be the load's. So a second death is its own fault, or not its fault.
 * While the device is busy, the messages of a forward are named until the next one begins, moments after. A process that
   dies just then counts a death for those of them that are not acknowledged yet, although it was not over them: they run
   alone once more than they had to, and by the law above nothing else follows from it.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, Self
 
@@ -84,10 +85,12 @@ class Risks:
 
     Attributes:
         gate: inside are stints that may crash; the device thread is alone in it with a message that runs alone.
+        unclear: what runs beside them that is no message's code, and over which the process may die as well.
     """
 
     def __init__(self, activities: Activities) -> None:
         self.gate = Gate()
+        self.unclear: Collection[object] = ()
         self._activities = activities
 
     def stint(self, what: str, model: HostedModel, message: Message, *, risky: bool) -> Stint:
@@ -99,17 +102,24 @@ class Risks:
             message: whose inputs.
             risky: whether it may crash the process.
         """
-        return Stint(self._activities, self.gate if risky else None, what, model, message)
+        return Stint(self, self._activities, self.gate if risky else None, what, model, message)
 
 
 class Stint:
     """A context manager; call `item` before each input in it, and `pause` before the thread does something else."""
 
-    __slots__ = ("_activities", "_activity", "_gate", "_message", "_model", "_what")
+    __slots__ = ("_activities", "_activity", "_gate", "_message", "_model", "_risks", "_what")
 
-    def __init__(
-        self, activities: Activities, gate: Gate | None, what: str, model: HostedModel, message: Message
+    def __init__(  # noqa: PLR0917 - made in one place
+        self,
+        risks: Risks,
+        activities: Activities,
+        gate: Gate | None,
+        what: str,
+        model: HostedModel,
+        message: Message,
     ) -> None:
+        self._risks = risks
         self._activities = activities
         self._gate = gate
         self._what = what
@@ -137,7 +147,8 @@ class Stint:
             self._what, self._model.name, [self._message], self._model.spec.hard_timeout_s
         )
         if gate is not None:
-            transport.suspect([self._message.delivery], threading.current_thread().name)
+            named = [] if self._risks.unclear else [self._message.delivery]
+            transport.suspect(named, threading.current_thread().name)
 
     def pause(self) -> None:
         """None of its code runs until `item` is called again."""

@@ -3,8 +3,9 @@
 Laws:
 
 * A forward, or the preparation or ``finish`` of one input, that takes longer than its model's ``hard_timeout_s`` is
-  called out, with the stack of its thread. One that is slow, but within that, is left alone. So is a step of the
-  warm-up of a model that is loaded while others work; a load on a thread of its own is `loading`'s to give up.
+  called out, with the stack of its thread. One that is slow, but within that, is left alone. A step
+  of the warm-up of a model that is loaded while others work has its ``load_timeout_s``; a load on a thread of its own
+  is `loading`'s to give up.
 * Between two ticks `on_tick` runs, `TICK_S` apart at most while the interpreter runs at all.
 * Code that holds the GIL stops this thread as well. So it keeps pushing back a timer of the interpreter's own, in C,
   that prints every stack and ends the process (exit code 1) when nobody pushes it any more. It leaves one limit and
@@ -112,7 +113,8 @@ class Watchdog:
         self._on_tick = on_tick
         self._on_hung = on_hung
         self._stopping = threading.Event()
-        self._push_at = 0.0
+        self._push_at = self._pushed = 0.0
+        self._timed = True
         self._thread = threading.Thread(target=self._run, name="nograd-watchdog", daemon=True)
 
     @property
@@ -143,10 +145,10 @@ class Watchdog:
 
     def _push(self) -> None:
         now = time.monotonic()
-        if now < self._push_at:
-            return
-        self._push_at = now + PUSH_S
         longest = max(self._limits_s(), default=float("inf"))
+        if not self._timed or (now < self._push_at and longest == self._pushed):
+            return
+        self._push_at, self._pushed = now + PUSH_S, longest
         if longest > threading.TIMEOUT_MAX / 2:
             faulthandler.cancel_dump_traceback_later()
             return
@@ -154,4 +156,4 @@ class Watchdog:
             faulthandler.dump_traceback_later(longest + PUSH_S + MARGIN_S, exit=True)
         except (OSError, ValueError, AttributeError, RuntimeError) as err:  # standard error is no file here
             logger.warning("code that holds the GIL for ever will not be found: %s", err)
-            self._push_at = float("inf")
+            self._timed = False

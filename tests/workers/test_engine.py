@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from nograd.tasks.errors import ModelFileError
+from nograd.tasks.errors import ConfigError, ModelFileError
 from nograd.tasks.modelfile import load_model_file
 from nograd.workers.batching import Item
 from nograd.workers.engine import Engine, Hooks
@@ -259,3 +259,58 @@ def test_a_load_that_is_given_up_enters_nothing_when_it_ends_after_all(engine, f
     assert list(engine.models) == list(engine.stats) == list(engine.memory.held) == ["echo"]
     engine.add(open_model(file, "late")).result(TIMEOUT)
     assert list(engine.models) == ["echo", "late"]
+
+
+def test_while_a_model_is_loaded_nobody_is_named_for_the_death_may_be_the_load_s(engine, file, told):
+    loading = engine.add(open_model(file, "late"))
+    during, after = Job(), Job()
+    put(engine, during)
+    assert during.done.wait(TIMEOUT)
+    assert [during] not in told.forwards
+    sys.modules["engine_models"].gate.set()
+    loading.result(TIMEOUT)
+    put(engine, after)
+    assert after.done.wait(TIMEOUT)
+    assert [after] in told.forwards
+
+
+def test_a_load_has_its_own_limit_for_the_warm_up_and_for_code_that_holds_the_interpreter(engine, file):
+    hard, load = file.specs["echo"].hard_timeout_s, file.specs["stepwise"].load_timeout_s
+    assert engine.limits_s() == [hard]
+    loading = engine.add(open_model(file, "stepwise"))
+    seen = sys.modules["engine_models"]
+    assert seen.entered.wait(TIMEOUT)
+    assert engine.limits_s() == [hard, load]
+    (warm_up,) = engine.activities._running.values()
+    assert (warm_up.what, warm_up.limit_s, warm_up.limit) == ("the warm-up", load, "load_timeout_s")
+    seen.gate.set()
+    loading.result(TIMEOUT)
+    assert engine.limits_s() == [hard, file.specs["stepwise"].hard_timeout_s]
+
+
+def test_a_load_that_wakes_up_late_leaves_the_books_of_the_one_that_came_after_it(engine, file):
+    first = engine.add(open_model(file, "late"))
+    with pytest.raises(ModelFileError):
+        first.result(0.1)
+    second = open_model(file, "late")
+    second.load = lambda device: None  # this one does not hang
+    engine.add(second).result(TIMEOUT)
+    sys.modules["engine_models"].gate.set()
+    for thread in threading.enumerate():
+        if thread.name == "nograd-load-late":
+            thread.join(TIMEOUT)
+    assert engine.models["late"] is second
+    assert list(engine.memory.held) == ["echo", "late"]
+
+
+def test_who_waits_for_the_device_thread_hears_that_it_has_ended(engine, file):
+    loading = engine.add(open_model(file, "stepwise"))
+    seen = sys.modules["engine_models"]
+    assert seen.entered.wait(TIMEOUT)
+    waiting = engine.remove("echo")  # behind the step that is on the device
+    engine.queue.close()
+    seen.gate.set()
+    with pytest.raises(ConfigError, match="shutting down"):
+        waiting.result(TIMEOUT)
+    with pytest.raises(ConfigError, match="shutting down"):
+        loading.result(TIMEOUT)
