@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.pop("NOGRAD_MODELS", None)
 os.environ.pop("NOGRAD_REDIS_URL", None)
+
+# A shell that runs the tests in the background has them, and so all they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes is the machine's business, and a run that fails must fail again.
 hypothesis.settings.register_profile(

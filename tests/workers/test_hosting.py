@@ -34,7 +34,7 @@ class Slow:
         if os.path.exists(HERE + "/slowly"):
             time.sleep(0.1)
         return [self.factor * n for n in batch]
-    def __del__(self): print("LET GO", self.factor, flush=True)
+    def __del__(self): os.write(1, f"LET GO {self.factor}\\n".encode())  # whole, whatever the log writes meanwhile
 
 
 class Hanging:
