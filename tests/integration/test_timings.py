@@ -137,7 +137,9 @@ def test_a_job_that_is_revoked_in_the_worker_has_the_stages_it_got_through(clien
         receiver = app.events.Receiver(connection, handlers={"*": state.event})
         capture = receiver.itercapture(limit=None, timeout=TIMEOUT, wakeup=False)
         next(capture)
-        front, running, waiting = (client.submit("waits", where) for where in (str(gate), None, None))
+        front = client.submit("waits", str(gate))
+        until(lambda: gate.reached)  # or the others might join its batch
+        running, waiting = client.submit_many("waits", [None, None])
         tasks = [front.id, running.id, waiting.id]
         while not all(state.tasks.get(each) and state.tasks[each].started for each in tasks):
             next(capture)
