@@ -84,6 +84,7 @@ class Risks:
     """Makes the stints of all threads.
 
     Attributes:
+        activities: where a stint says what its thread does.
         gate: inside are stints that may crash; the device thread is alone in it with a message that runs alone.
         unclear: what runs beside them that is no message's code, and over which the process may die as well.
     """
@@ -91,7 +92,7 @@ class Risks:
     def __init__(self, activities: Activities) -> None:
         self.gate = Gate()
         self.unclear: Collection[object] = ()
-        self._activities = activities
+        self.activities = activities
 
     def stint(self, what: str, model: HostedModel, message: Message, *, risky: bool) -> Stint:
         """A model's code over the inputs of a message, on the calling thread.
@@ -102,26 +103,17 @@ class Risks:
             message: whose inputs.
             risky: whether it may crash the process.
         """
-        return Stint(self, self._activities, self.gate if risky else None, what, model, message)
+        return Stint(self, what, model, message, risky=risky)
 
 
 class Stint:
     """A context manager; call `item` before each input in it, and `pause` before the thread does something else."""
 
-    __slots__ = ("_activities", "_activity", "_gate", "_message", "_model", "_risks", "_what")
+    __slots__ = ("_activity", "_gate", "_message", "_model", "_risks", "_what")
 
-    def __init__(  # noqa: PLR0917 - made in one place
-        self,
-        risks: Risks,
-        activities: Activities,
-        gate: Gate | None,
-        what: str,
-        model: HostedModel,
-        message: Message,
-    ) -> None:
+    def __init__(self, risks: Risks, what: str, model: HostedModel, message: Message, *, risky: bool) -> None:
         self._risks = risks
-        self._activities = activities
-        self._gate = gate
+        self._gate = risks.gate if risky else None
         self._what = what
         self._model = model
         self._message = message
@@ -143,7 +135,7 @@ class Stint:
             self.pause()
         if gate is not None:
             gate.enter()
-        self._activity = self._activities.begin(
+        self._activity = self._risks.activities.begin(
             self._what, self._model.name, [self._message], self._model.spec.hard_timeout_s
         )
         if gate is not None:
@@ -155,7 +147,7 @@ class Stint:
         if self._activity is None:
             return
         self._activity = None
-        self._activities.end()
+        self._risks.activities.end()
         if self._gate is not None:
             transport.suspect([], threading.current_thread().name)
             self._gate.leave()
