@@ -25,9 +25,16 @@ from kombu import Queue
 from nograd.producer.embedded import find_server
 
 HERE = Path(__file__).parent
-OURS = "nograd.tasks.transport:Transport"
+#: what an app with the lossless transport is made with, its pool of connections for publishing too
+OURS: dict[str, str] = {"amqp": "nograd.tasks.transport:AMQP"}
 
-app = Celery("bench", broker=os.environ.get("BENCH_URL"), backend=os.environ.get("BENCH_URL"), set_as_current=False)
+
+def make_app(url: str | None, *, ours: bool) -> Celery:
+    """An app of one side."""
+    return Celery("bench", broker=url, backend=url, set_as_current=False, **(OURS if ours else {}))
+
+
+app = make_app(os.environ.get("BENCH_URL"), ours=bool(os.environ.get("BENCH_OURS")))
 app.conf.update(
     task_acks_late=True,
     task_default_queue="q0",
@@ -36,8 +43,6 @@ app.conf.update(
     broker_connection_retry_on_startup=True,
     task_queues=[Queue(f"q{n}", routing_key=f"q{n}") for n in range(int(os.environ.get("BENCH_QUEUES", "1")))],
 )
-if os.environ.get("BENCH_OURS"):
-    app.conf.broker_transport = OURS
 
 
 @app.task(name="bench.noop", ignore_result=True)
@@ -71,9 +76,7 @@ class Side:
             "BENCH_PREFETCH": str(prefetch),
             "PYTHONWARNINGS": "ignore",
         }
-        self.app = Celery("sender", broker=url, backend=url, set_as_current=False)
-        if ours:
-            self.app.conf.broker_transport = OURS
+        self.app = make_app(url, ours=ours)
         for _ in range(200):
             with contextlib.suppress(redis.RedisError):
                 self.client.ping()

@@ -18,6 +18,7 @@ KOMBU = (5, 7)
 REDIS = (6, 2)
 
 _PRIVATE: dict[Any, tuple[str, ...]] = {
+    kombu.Connection: ("_info", "__eqhash__", "Pool"),
     kombu_redis.Channel: (
         "_brpop_start", "_brpop_read", "_in_poll", "_brpop_sent_at", "_connparams", "_get_pool", "_disconnect_pools",
         "_close_clients", "_q_for_pri", "_put", "_get", "_basic_cancel", "_update_queue_cycle", "_flush_brpop_reauth",

@@ -12,20 +12,45 @@ import time
 from typing import Any
 
 from celery.app import amqp
-from kombu import Connection as KombuConnection
+from kombu import connection as kombu_connection
+from kombu.utils.collections import HashedSeq
 
 from .transport import SentinelTransport, Transport
 
 _OURS = {"redis": Transport, "rediss": Transport, "sentinel": SentinelTransport}
 
 
-class Connection(KombuConnection):  # type: ignore[misc]
-    """A kombu connection to Redis through this transport."""
+class Connection(kombu_connection.Connection):  # type: ignore[misc]
+    """A kombu connection to Redis through this transport, and so is every connection of its pool."""
 
     def get_transport_cls(self) -> Any:
         """Our class for a Redis scheme, kombu's for any other."""
         scheme = self.transport_cls
         return _OURS.get(scheme) if isinstance(scheme, str) and scheme in _OURS else super().get_transport_cls()
+
+    def __eqhash__(self) -> HashedSeq:
+        """What kombu's pools go by: one of ours and a stock one of the same URL do not share a pool."""
+        return HashedSeq(Connection, super().__eqhash__())
+
+    def Pool(self, limit: int | None = None, **kwargs: Any) -> ConnectionPool:  # noqa: N802  (kombu's name)
+        """A pool of such connections; kombu's own would publish through kombu's transport: no bells."""
+        return ConnectionPool(self, limit, **kwargs)
+
+
+class PooledConnection(Connection, kombu_connection.PooledConnection):  # type: ignore[misc]
+    """A connection that goes back to its pool."""
+
+    def clone(self, **kwargs: Any) -> Connection:
+        """One like it that belongs to no pool."""
+        return Connection(**dict(self._info(resolve=False), **kwargs))
+
+
+class ConnectionPool(kombu_connection.ConnectionPool):  # type: ignore[misc]
+    """kombu's pool, of our connections."""
+
+    def new(self) -> PooledConnection:
+        """One more."""
+        return PooledConnection(self, **dict(self.connection._info(resolve=False)))  # noqa: SLF001 - kombu's own
 
 
 class AMQP(amqp.AMQP):  # type: ignore[misc]

@@ -359,3 +359,25 @@ def test_an_app_s_connection_keeps_what_its_url_says(url, shown, ssl, transport)
     assert bool(connection.ssl) is ssl
     assert transport is None or connection.get_transport_cls() is transport
     assert type(connection.clone()) is type(connection)
+
+
+def test_what_an_app_publishes_rings_and_a_stock_app_of_the_same_url_keeps_its_own_pool(server):
+    bell = "_nograd.bell.jobs"
+    stock = producer(server, None)
+    ours = Celery("ours", broker=server.url, amqp="nograd.tasks.transport:AMQP", set_as_current=False)
+    ours.conf.task_default_queue = "jobs"
+    stock.send_task("jobs.long", (1, 0))
+    assert not server.client.exists(bell)
+    ours.send_task("jobs.long", (2, 0))
+    assert server.client.llen(bell) == 1
+    server.client.delete(bell)
+    with ours.producer_pool.acquire(block=True) as one, one.batch():
+        ours.send_task("jobs.long", (3, 0), producer=one)
+        ours.send_task("jobs.long", (4, 0), producer=one)
+    assert server.client.llen(bell) == 1
+    assert server.client.llen("jobs") == 4
+    with ours.pool.acquire(block=True) as connection:
+        assert isinstance(connection, transport.Connection)
+        assert type(connection.clone()) is transport.Connection
+    with stock.pool.acquire(block=True) as connection:
+        assert not isinstance(connection, transport.Connection)
