@@ -39,7 +39,8 @@ from nograd.tasks.keys import CHUNKS, MODELS_RENEW_S, PREDICT_TASK, queue_name
 from nograd.tasks.modelfile import ModelFile, load_model_file
 from nograd.tasks.settings import Settings
 
-from . import collector, device, last_words
+from . import device, last_words
+from .backfill.lookout import Lookout
 from .backfill.runner import BoundTask, ChunkRunner
 from .crew import Crew
 from .engine import Engine, Hooks
@@ -65,9 +66,13 @@ CHUNK_THREADS = 2
 #: seconds a warm shutdown waits for Redis to take the last results; without it a worker could not be stopped while
 #: Redis is away
 STORE_S = 30
+
+
 #: seconds a warm shutdown waits for a model that is being loaded: a thread that is in torch's code when the interpreter
 #: ends would abort the process
 LOAD_S = 5
+#: seconds it waits for a look at an open backfill
+LOOK_S = 5
 
 
 class Task(Handle):
@@ -129,6 +134,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._withdrawn: Crew[Handle] = Crew("nograd-withdraw", 1, _withdraw_each)
         self._backfill: Crew[Task] = Crew("nograd-chunk", CHUNK_THREADS, _run_each)
         self.chunks: ChunkRunner | None = None
+        self.lookout: Lookout | None = None
         self._stopping = threading.Event()
 
     # -- life --------------------------------------------------------------------------------------------------------
@@ -153,13 +159,9 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self.intake = Intake(self.limit, self._largest(), waiting, transport.resume, threads=resources.threads)
         engine.queue.on_taken = self.intake.eased
         transport.throttle(self._room)
-        self.chunks = ChunkRunner(
-            engine,
-            self.app.backend.client,
-            hostname,
-            threads=resources.threads,
-            claim_s=Settings.from_env().lease_s,
-        )
+        lease_s = Settings.from_env().lease_s
+        self.chunks = ChunkRunner(engine, self.app.backend.client, hostname, threads=resources.threads, claim_s=lease_s)
+        self.lookout = Lookout(self.app, self.app.backend.client, lambda: list(engine.models), every_s=lease_s)
         self.preparer = Preparer(
             engine.models,
             engine.queue,
@@ -184,11 +186,11 @@ class TaskPool(BasePool):  # type: ignore[misc]
         for crew in (self.settler, self.preparer, self._tasks, self._withdrawn, self._backfill, self.hosting):
             crew.start()
         self.sizes.start()
+        self.lookout.start()
         self.watchdog.start()
         transport.watch(self._makes_progress)
         self._warn_of_small_batches()
         threading.Thread(target=self._keep_known, name="nograd-registry", daemon=True).start()
-        collector.set_aside()
 
     def on_close(self) -> None:
         """Begin nothing more. What has not reached the device goes back to the head of its queue, in order."""
@@ -204,6 +206,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
         waiting = list(dict.fromkeys(item.job for item in items if item.job.untouched()))
         if self.chunks is not None:
             self.chunks.closing.set()
+        if self.lookout is not None:
+            self.lookout.close()
         unstarted = [*waiting, *unread, *self._tasks.close(), *self._backfill.close()]
         for handle in unstarted:
             handle.terminate()  # whatever still holds it: it is no longer ours to end
@@ -226,6 +230,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
         if self.hosting is not None:
             self.hosting.finish(LOAD_S)
         self._withdrawn.finish(STORE_S)
+        if self.lookout is not None:
+            self.lookout.finish(LOOK_S)
         if self.settler is not None and not self.settler.finish(STORE_S):
             logger.error("results could not be stored within %d s; their jobs are delivered again", STORE_S)
         transport.flush()

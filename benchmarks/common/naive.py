@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 
 import torch
@@ -10,7 +9,6 @@ from celery import Celery
 from kombu import Queue
 
 from common.hosted import MLP
-from nograd.tasks.keys import LOG_JOBS
 
 app = Celery(
     "naive", broker=os.environ["NOGRAD_REDIS_URL"], backend=os.environ["NOGRAD_REDIS_URL"], set_as_current=False
@@ -22,9 +20,6 @@ app.conf.update(
     task_queues=[Queue("nograd.mlp", routing_key="nograd.mlp")],
 )
 model = MLP().eval()
-if os.environ.get(LOG_JOBS) == "0":
-    for name in ("celery.worker.strategy", "celery.app.trace"):
-        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 @app.task(name="nograd.predict")

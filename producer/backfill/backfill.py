@@ -30,7 +30,7 @@ from nograd.tasks.backfill.pump import Pumped, pump
 from nograd.tasks.backfill.retry import draft_retry, give_up, remaining, rows_of
 from nograd.tasks.backfill.store import open_store
 from nograd.tasks.backfill.store_retry import RetryStore
-from nograd.tasks.backfill.task import hints_of, send_chunk, sending_s
+from nograd.tasks.backfill.task import hints_of, send_chunk
 from nograd.tasks.backfill.verify import Report, verify_all
 from nograd.tasks.backfill.window import SENDING_S, Window, Wish
 from nograd.tasks.errors import (
@@ -382,7 +382,7 @@ class Backfill:
         self._set(stage.job.store, wish="run", why=None, since=time.time())
         with self._client.broker.errors():
             stage.window.wish = "run"
-        self._pump(stage, least_s=0)  # nobody may come to look again
+        self._pump(stage, sending_s=0)
 
     def _want(self, wish: Wish) -> None:
         stage = self._stages.last()
@@ -408,11 +408,11 @@ class Backfill:
                         window.stop(why)  # the one it had stopped for
             raise
 
-    def _pump(self, stage: Stage, least_s: float = SENDING_S) -> Pumped:
+    def _pump(self, stage: Stage, sending_s: float = SENDING_S) -> Pumped:
         job, app = stage.job, self._client.app
         with self._client.broker.errors():
             stage.window.out = self.out
-            return pump(job, stage.window, lambda chunk: send_chunk(app, job, chunk), sending_s(app, least_s))
+            return pump(job, stage.window, lambda chunk: send_chunk(app, job, chunk), sending_s)
 
     def _turn(self) -> Status:
         """Keep it going, and look."""

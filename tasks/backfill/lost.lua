@@ -5,9 +5,8 @@
 --       3 unacked (the transport's hash: lease → message; a lease's id ends in "|" and the name of its list)
 -- ARGV  1 ms a message may take from there to the list   2 what the ids of its messages begin with
 --       3 messages to look at, at most   4 ms, if there are more
--- Reply how many chunks have no message yet
 local open = redis.call('ZRANGE', KEYS[1], 0, -1, 'WITHSCORES')
-if #open == 0 then return 0 end
+if #open == 0 then return end
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 
@@ -33,14 +32,8 @@ else
   end
 end
 
-local young = 0
 for i = 1, #open, 2 do
-  if not found[tonumber(open[i])] then
-    if now - tonumber(open[i + 1]) < grace then
-      young = young + 1
-    else
-      redis.call('ZREM', KEYS[1], open[i])
-    end
+  if not found[tonumber(open[i])] and now - tonumber(open[i + 1]) >= grace then
+    redis.call('ZREM', KEYS[1], open[i])
   end
 end
-return young

@@ -1,8 +1,8 @@
 """Keeping enough chunks on their way: anybody may do it, at any time, as often as they like.
 
 Law: what is sent follows from the commit records, the hints in Redis and the messages that are there alone. A chunk
-whose message, worker or hint was lost is missing, and is sent again by whoever looks next; a worker that cannot tell
-whether anybody will keeps its message and looks again. Nothing is sent while the backfill is paused or cancelled.
+whose message, worker or hint was lost is missing, and is sent again by whoever looks next; that somebody does is what
+the `watchlist` is for. Nothing is sent while the backfill is paused or cancelled.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from . import commit, layout, state
 from .finalize import finalize
 from .plan import Job
+from .watchlist import Watchlist
 from .window import SENDING_S, Window
 
 #: chunks sent in one go
@@ -26,13 +27,12 @@ class Pumped:
     Attributes:
         sent: chunks sent now.
         missing: chunks without a commit.
-        sure: chunks are on their way; if not, who else was about to send some may have died, and somebody should look
-            again after `SENDING_S`.
+        wanted: whether it is neither paused nor cancelled; not asked when nothing is missing.
     """
 
     sent: int
     missing: int
-    sure: bool = True
+    wanted: bool = True
 
 
 def pump(job: Job, window: Window, send: Callable[[int], None], sending_s: float = SENDING_S) -> Pumped:
@@ -42,7 +42,7 @@ def pump(job: Job, window: Window, send: Callable[[int], None], sending_s: float
         job: the backfill.
         window: its hints.
         send: sends one chunk.
-        sending_s: see `Window.find_lost`; `task.sending_s` knows it.
+        sending_s: see `Window.find_lost`.
 
     Raises:
         BackfillError: if the output cannot be read or written.
@@ -55,8 +55,9 @@ def pump(job: Job, window: Window, send: Callable[[int], None], sending_s: float
             finalize(job)
         return Pumped(0, 0)
     if window.wish in ("pause", "cancel") or state.read(job.store).wish != "run":
-        return Pumped(0, len(missing))
-    young = window.find_lost(job.plan.model.name, sending_s)
+        return Pumped(0, len(missing), wanted=False)
+    Watchlist(window.client).put(job)  # before anything is issued: who dies over that leaves somebody who looks
+    window.find_lost(job.plan.model.name, sending_s)
     chunks = window.top_up(missing, MOST)
     for index, chunk in enumerate(chunks):
         try:
@@ -65,4 +66,4 @@ def pump(job: Job, window: Window, send: Callable[[int], None], sending_s: float
             for unsent in chunks[index:]:
                 window.forget(unsent)
             raise
-    return Pumped(len(chunks), len(missing), sure=not young or bool(chunks) or window.traffic().running > 0)
+    return Pumped(len(chunks), len(missing))

@@ -12,8 +12,8 @@ Laws:
 * Anybody may top up at any time (the driver, the CLI, a worker that has finished a chunk): a chunk is issued to one of
   them only, and no more chunks are on their way than the workers need.
 * A chunk whose message is nowhere, because whoever sent it or Redis died over it, is missing again after `SENDING_S`;
-  one whose message waits is not issued again, however long it waits; only where messages cannot be looked for, or are
-  too many, after `BLIND_S`.
+  one whose message waits is not issued again, however long it waits; only where there are too many messages to look
+  at, after `BLIND_S`.
 * A chunk is run by one worker at a time, as long as that one renews its claim. A worker that was frozen longer loses
   it; what it commits afterwards loses, too.
 * A chunk that killed its worker leaves what it was about to run (its *cursor*), so that the next attempt runs those
@@ -35,7 +35,7 @@ from nograd.tasks.keys import LEASE_S, PRIORITY_SUFFIXES, queue_name
 #: seconds from issuing a chunk until its message is in the queue, at most; too short costs a message that ends at its
 #: first look
 SENDING_S: Final = 5.0
-#: the same where nobody can look for the message
+#: the same where there are too many messages to look at
 BLIND_S: Final = 300.0
 #: messages to look at for those of queued chunks; looking at more would hold up Redis
 LOOKED_AT: Final = 10_000
@@ -109,7 +109,7 @@ class Window:
     """
 
     def __init__(self, client: Any, job: str, claim_s: float = LEASE_S) -> None:
-        self._client = client
+        self.client = client
         self.claim_s = claim_s
         self._script = client.register_script(_SCRIPT)
         self._lost = client.register_script(_LOST)
@@ -151,20 +151,17 @@ class Window:
         """The message of a chunk could not be sent: it is missing again."""
         self._call("forget", chunk)
 
-    def find_lost(self, model: str, sending_s: float = SENDING_S) -> int:
+    def find_lost(self, model: str, sending_s: float = SENDING_S) -> None:
         """Look for the messages of the queued chunks; those that have none are missing again.
 
         Args:
             model: in whose queue they are.
             sending_s: seconds a message may take from `top_up` to the queue; more than `LOOKED_AT` of them are not
                 looked at, and it is `BLIND_S` at the least.
-
-        Returns:
-            Chunks without a message that were issued so short a time ago that it may still come.
         """
         keys = [self._keys[0], queue_name(model) + PRIORITY_SUFFIXES[-1], _UNACKED]
         args = [int(sending_s * 1000), message_id(self._job), LOOKED_AT, int(BLIND_S * 1000)]
-        return int(self._lost(keys=keys, args=args))
+        self._lost(keys=keys, args=args)
 
     def traffic(self) -> Traffic:
         """How many chunks are on their way."""
@@ -173,14 +170,14 @@ class Window:
 
     def note(self, chunk: int, cursor: Cursor) -> None:
         """Say which rows come next: if the process dies now, it was over one of these."""
-        pipe = self._client.pipeline(transaction=False)
+        pipe = self.client.pipeline(transaction=False)
         pipe.hset(self._keys[3], str(chunk), msgspec.json.encode(cursor))
         pipe.expire(self._keys[3], KEPT_S)
         pipe.execute()
 
     def cursor(self, chunk: int) -> Cursor | None:
         """What an attempt that has died was about to run; None if there was none."""
-        stored = self._client.hget(self._keys[3], str(chunk))
+        stored = self.client.hget(self._keys[3], str(chunk))
         try:
             return None if stored is None else msgspec.json.decode(stored, type=Cursor)
         except msgspec.MsgspecError:
@@ -188,7 +185,7 @@ class Window:
 
     def stop(self, why: str) -> None:
         """Pause, because of something that somebody has to look at."""
-        pipe = self._client.pipeline(transaction=True)
+        pipe = self.client.pipeline(transaction=True)
         pipe.set(self._prefix + "wish", "pause", ex=KEPT_S)
         pipe.set(self._prefix + "why", why, ex=KEPT_S)
         pipe.execute()
@@ -196,22 +193,22 @@ class Window:
     @property
     def out(self) -> str | None:
         """The URL of the output folder, for those who know the id alone."""
-        stored = self._client.get(self._prefix + "out")
+        stored = self.client.get(self._prefix + "out")
         return None if stored is None else _text(stored)
 
     @out.setter
     def out(self, url: str) -> None:
-        self._client.set(self._prefix + "out", url, ex=KEPT_S)
+        self.client.set(self._prefix + "out", url, ex=KEPT_S)
 
     @property
     def why(self) -> str | None:
         """What `stop` was told; None after the next wish."""
-        stored = self._client.get(self._prefix + "why")
+        stored = self.client.get(self._prefix + "why")
         return None if stored is None else _text(stored)
 
     def count_troubles(self, chunk: int) -> int:
         """How often a chunk has met trouble that is no row's since somebody last resumed, with this time."""
-        pipe = self._client.pipeline(transaction=True)
+        pipe = self.client.pipeline(transaction=True)
         pipe.hincrby(self._prefix + "troubles", str(chunk), 1)
         pipe.expire(self._prefix + "troubles", KEPT_S)
         times, _ = pipe.execute()
@@ -219,7 +216,7 @@ class Window:
 
     def count_failures(self, rows: int) -> int:
         """Add a committed chunk's failed rows to a running count, which a FLUSHALL starts anew; the sum."""
-        pipe = self._client.pipeline(transaction=True)
+        pipe = self.client.pipeline(transaction=True)
         pipe.hincrby(self._prefix + "sums", "failed", rows)
         pipe.expire(self._prefix + "sums", KEPT_S)
         failed, _ = pipe.execute()
@@ -228,13 +225,13 @@ class Window:
     @property
     def wish(self) -> Wish | None:
         """What the operator wants, if Redis remembers."""
-        stored = self._client.get(self._prefix + "wish")
+        stored = self.client.get(self._prefix + "wish")
         text = _text(stored) if stored is not None else ""
         return text if text in ("run", "pause", "cancel") else None  # type: ignore[return-value]
 
     @wish.setter
     def wish(self, wish: Wish) -> None:
-        pipe = self._client.pipeline(transaction=True)  # in one step: else the reason of a stop in between is lost
+        pipe = self.client.pipeline(transaction=True)  # in one step: else the reason of a stop in between is lost
         pipe.set(self._prefix + "wish", wish, ex=KEPT_S)
         pipe.delete(self._prefix + "why", self._prefix + "troubles")
         pipe.execute()
@@ -242,7 +239,7 @@ class Window:
     def clear(self) -> None:
         """Remove all hints: they are of an output that is gone."""
         others = ("wish", "why", "sums", "troubles", "out")
-        self._client.delete(*self._keys, *(self._prefix + name for name in others))
+        self.client.delete(*self._keys, *(self._prefix + name for name in others))
 
     def _call(self, what: str, *args: str | int) -> Any:
         return self._script(keys=self._keys, args=[what, KEPT_S, *args])

@@ -23,18 +23,24 @@ from nograd.tasks.backfill.store import open_store
 
 
 class Redis:
-    """A Redis that is killed and started again: every write is on disk before it is answered."""
+    """A Redis that is killed and started again.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: for its data.
+        durable: every write is on disk before it is answered; else what it comes back with is what `save` wrote last.
+    """
+
+    def __init__(self, folder: Path, *, durable: bool = True) -> None:
         self._folder = folder
+        self._durable = durable
         self._port = free_port()
         self.url = f"redis://127.0.0.1:{self._port}/0"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start it and wait until it answers."""
-        options = {"port": self._port, "bind": "127.0.0.1", "dir": self._folder, "appendonly": "yes"}
-        options |= {"appendfsync": "always", "save": ""}
+        options = {"port": self._port, "bind": "127.0.0.1", "dir": self._folder}
+        options |= {"appendonly": "yes" if self._durable else "no", "appendfsync": "always", "save": ""}
         command = [find_server(), *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         until = time.monotonic() + 30
@@ -46,6 +52,11 @@ class Redis:
                 time.sleep(0.02)
             else:
                 return
+
+    def save(self) -> None:
+        """Write a dump."""
+        with redis.Redis.from_url(self.url) as client:
+            client.save()
 
     def kill(self) -> None:
         """As the machine would."""

@@ -14,6 +14,7 @@ import signal
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import redis
 
 import backfills
 from crashes import MOMENTS, Moments, Redis, read_folder
@@ -22,11 +23,14 @@ from nograd.tasks.backfill import plan as plans
 from nograd.tasks.backfill.commit import find_record
 from nograd.tasks.backfill.draft import draft
 from nograd.tasks.backfill.fingerprint import check
+from nograd.tasks.backfill.pump import pump
 from nograd.tasks.backfill.sources import survey
 from nograd.tasks.backfill.store import open_store
 from nograd.tasks.backfill.task import send_chunk
 from nograd.tasks.backfill.verify import verify
+from nograd.tasks.backfill.window import Traffic
 from nograd.tasks.errors import PlanChanged
+from nograd.tasks.keys import PRIORITY_SUFFIXES, queue_name
 
 #: workers are killed and started again in most of them, on a machine that may have other things to do
 pytestmark = pytest.mark.timeout(600)
@@ -228,6 +232,51 @@ def test_redis_is_killed_over_the_last_message_of_a_backfill_that_nobody_drives(
     moments.wait_left()
     server.start()
     backfills.until(lambda: job.store.size("_SUCCESS"), "the end", 150)
+    check_same(job, undisturbed)
+
+
+def test_redis_and_the_sender_die_between_issuing_chunks_and_sending_them(client, fleet, server, job, undisturbed):
+    """No message, no driver, and workers that have nothing to do."""
+    fleet.both()
+
+    def die(_):
+        server.kill()
+        raise ConnectionError("the sender dies, too")
+
+    with pytest.raises((ConnectionError, redis.ConnectionError)):
+        pump(job, backfills.window_of(client, job), die)
+    server.start()
+    backfills.until(lambda: job.store.size("_SUCCESS"), "the end", 150)
+    check_same(job, undisturbed)
+
+
+def test_redis_comes_back_with_an_older_dump_that_holds_no_message(folder, job, undisturbed, start_worker, tmp_path):
+    """The driver was told that all is well, and has left."""
+    (tmp_path / "redis").mkdir()
+    server = Redis(tmp_path / "redis", durable=False)
+    server.start()
+    try:
+        with Client(server.url, models=folder / "models.toml") as client:
+            window, saved = backfills.window_of(client, job), []
+
+            def send(chunk):
+                saved or saved.append(server.save())
+                send_chunk(client.app, job, chunk)
+
+            assert pump(job, window, send).sent == 2
+            waiting = queue_name("scored") + PRIORITY_SUFFIXES[-1]
+            assert window.client.llen(waiting) == 2
+            server.kill()
+            server.start()
+            assert window.traffic() == Traffic(queued=2, running=0)
+            assert not window.client.exists(waiting)
+        start_worker(
+            folder / "models.toml", ready=False, redis_url=server.url, env={"NOGRAD_LEASE_S": str(LEASE_S)}.items()
+        )
+        backfills.until(lambda: job.store.size("_SUCCESS"), "the end", 150)
+    finally:
+        start_worker.stop(server.url)
+        server.kill()
     check_same(job, undisturbed)
 
 

@@ -36,8 +36,8 @@ from nograd.tasks.backfill.pump import pump
 from nograd.tasks.backfill.rows import Slice
 from nograd.tasks.backfill.sources import Reader, open_reader, reader_of
 from nograd.tasks.backfill.store import open_store
-from nograd.tasks.backfill.task import ChunkCall, Sample, hints_at, send_chunk, sending_s
-from nograd.tasks.backfill.window import SENDING_S, Window
+from nograd.tasks.backfill.task import ChunkCall, Sample, hints_at, send_chunk
+from nograd.tasks.backfill.window import Window
 from nograd.tasks.errors import BackfillError, OutputError, PlanChanged, SourceError, UnknownModel
 from nograd.workers.engine import Engine
 from nograd.workers.models import HostedModel
@@ -154,11 +154,9 @@ class ChunkRunner:
             return self._trouble(task, call, window, err)
         app = task.celery.app
         try:
-            pumped = pump(job, window, lambda chunk: send_chunk(app, job, chunk), sending_s(app))
+            pump(job, window, lambda chunk: send_chunk(app, job, chunk))
         except BackfillError as err:
             return self._stop(window, call, err)
-        if not pumped.sure:
-            raise task.again(SENDING_S)
         return told
 
     def _trouble(self, task: BoundTask, call: ChunkCall, window: Window, err: Exception) -> dict[str, Any]:

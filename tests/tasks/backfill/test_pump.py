@@ -7,10 +7,13 @@ import time
 import pytest
 import redis
 
+from nograd.tasks.backfill import state
 from nograd.tasks.backfill import window as windows
 from nograd.tasks.backfill.pump import pump
-from nograd.tasks.backfill.task import RUN_CHUNK, hints_of, send_chunk, sending_s
-from nograd.tasks.backfill.window import BLIND_S, SENDING_S, SPARE, Window, message_id
+from nograd.tasks.backfill.state import State
+from nograd.tasks.backfill.task import RUN_CHUNK, hints_of, send_chunk
+from nograd.tasks.backfill.watchlist import Watchlist
+from nograd.tasks.backfill.window import SPARE, Window, message_id
 from nograd.tasks.celery import create_app
 from nograd.tasks.keys import CHUNKS, PRIORITY_SUFFIXES
 from nograd.tasks.settings import Settings
@@ -66,18 +69,22 @@ def test_who_died_between_issuing_and_sending_leaves_chunks_that_are_sent_again(
     assert sent.chunks == [0, 1]
 
 
-def test_who_cannot_tell_whether_anybody_sends_is_told_to_look_again(job, window, sent):
-    window.top_up(range(10), most=1)
-    assert pump(job, window, sent, sending_s=600).sure  # another one is sent now: its worker will look
-    window.top_up(range(10), most=10)
-    window.claim(1, "a")
-    assert pump(job, window, lambda _: None, sending_s=600).sure
+def test_somebody_looks_after_a_backfill_from_before_anything_of_it_is_sent(job, window, connection):
+    listed = []
+    pump(job, window, lambda _: listed.append(bool(Watchlist(connection).take(["doubler"], 0))))
+    assert listed[0]
 
 
-def test_nobody_is_sure_while_all_that_was_issued_may_be_lost(job, window, sent):
-    window.top_up(range(10), most=10)
-    assert not pump(job, window, sent, sending_s=600).sure
-    assert pump(job, window, sent, sending_s=0).sure
+def test_nobody_looks_after_what_is_not_wanted_or_done(job, window, sent, connection):
+    window.wish = "pause"
+    assert not pump(job, window, sent).wanted
+    window.wish = "run"
+    state.write(job.store, State(wish="cancel"))
+    assert not pump(job, window, sent).wanted
+    state.write(job.store, State())
+    run(job)
+    pump(job, window, sent)
+    assert not Watchlist(connection).take(["doubler"], 0)
 
 
 def test_a_message_that_waits_however_long_is_not_sent_again(job, window, sent, connection):
@@ -107,10 +114,10 @@ def test_a_message_of_another_chunk_folder_or_model_is_no_message(job, window, s
     send_chunk(app, other, 0)
     send_chunk(app, job, 1)
     window.top_up(range(10), most=10)
-    assert window.find_lost("other", sending_s=600) == 2
-    assert window.find_lost("doubler", sending_s=600) == 1
     window.find_lost("doubler", sending_s=0)
     assert window.top_up(range(10), most=10) == [0]
+    window.find_lost("other", sending_s=0)
+    assert window.top_up(range(10), most=10) == [0, 1]
 
 
 def test_who_sends_a_message_is_not_taken_for_the_message(job, window, app, connection):
@@ -120,7 +127,8 @@ def test_who_sends_a_message_is_not_taken_for_the_message(job, window, app, conn
         RUN_CHUNK, queue=QUEUE, priority=CHUNKS, root_id=sender, parent_id=sender, kwargsrepr=f'"id": "{sender}"'
     )
     assert sender in connection.lindex(LIST, 0).decode()
-    assert window.find_lost("doubler", sending_s=600) == 2
+    window.find_lost("doubler", sending_s=0)
+    assert window.top_up(range(10), most=10) == [0, 1]
 
 
 def test_a_message_is_seen_wherever_in_the_queue_it_stands(job, window, sent, app, connection):
@@ -129,7 +137,7 @@ def test_a_message_is_seen_wherever_in_the_queue_it_stands(job, window, sent, ap
     connection.rpush(LIST, *["{}"] * 1200)
     send_chunk(app, job, 1)
     connection.rpush(LIST, "{}")
-    assert window.find_lost("doubler", sending_s=0) == 0
+    window.find_lost("doubler", sending_s=0)
     assert window.top_up(range(10), most=10) == []
 
 
@@ -142,22 +150,6 @@ def test_among_too_many_messages_nobody_looks_and_nothing_is_lost_for_long(job, 
     assert not pump(job, window, sent, sending_s=0).sent
     monkeypatch.setattr(windows, "BLIND_S", 0)
     assert pump(job, window, sent, sending_s=0).sent == SPARE
-
-
-def test_messages_that_cannot_be_seen_are_not_sent_again_and_again(job, window, sent, app, redis_url, connection):
-    assert (sending_s(app), sending_s(app, 0)) == (SENDING_S, 0)
-    broker = redis_url.rpartition("/")[0] + "/1"
-    app.conf.update(broker_read_url=broker, broker_write_url=broker)
-    for _ in range(3):
-        pump(job, window, sent, sending_s(app, 0))
-    assert sent.chunks == [0, 1]
-    assert not connection.exists(LIST)
-
-
-@pytest.mark.parametrize("renamed", [{"global_keyprefix": "x:"}, {"unacked_key": "x"}, {"sep": ":"}], ids=str)
-def test_messages_under_other_names_cannot_be_seen(app, renamed):
-    app.conf.broker_transport_options = {**app.conf.broker_transport_options, **renamed}
-    assert sending_s(app, 0) == BLIND_S
 
 
 def test_who_resumes_sends_what_was_lost_and_not_what_runs(job, window, sent, connection):

@@ -1,0 +1,156 @@
+"""Looks at open backfills: the real app and transport, a real Redis, real folders. Nobody runs the chunks."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import redis
+
+from nograd.tasks.backfill import plan as plans
+from nograd.tasks.backfill import state
+from nograd.tasks.backfill.commit import commit
+from nograd.tasks.backfill.draft import draft
+from nograd.tasks.backfill.output import PartWriter
+from nograd.tasks.backfill.plan import ModelIdentity
+from nograd.tasks.backfill.sources import open_reader, survey
+from nograd.tasks.backfill.state import State
+from nograd.tasks.backfill.store import open_store
+from nograd.tasks.backfill.task import hints_of
+from nograd.tasks.backfill.watchlist import Watchlist
+from nograd.tasks.backfill.window import SPARE, Window
+from nograd.tasks.celery import create_app
+from nograd.tasks.keys import CHUNKS, PRIORITY_SUFFIXES
+from nograd.tasks.settings import Settings
+from nograd.workers.backfill.lookout import Lookout
+
+LIST = "nograd.length" + PRIORITY_SUFFIXES[CHUNKS // 3]
+
+
+@pytest.fixture
+def connection(redis_url):
+    with redis.Redis.from_url(redis_url) as connection:
+        connection.flushdb()
+        yield connection
+
+
+@pytest.fixture
+def app(redis_url, connection):
+    app = create_app(Settings(redis_url=redis_url))
+    yield app
+    app.close()
+
+
+def planned(tmp_path, rows):
+    pq.write_table(pa.table({"n": range(rows), "text": ["x"] * rows}), tmp_path / "in.parquet")
+    model = ModelIdentity(name="length", parts={}, versions={})
+    made = draft(
+        survey(tmp_path / "in.parquet", id="n"), rows_per_chunk=10, batch_rows=4, model=model, prediction=pa.int64()
+    )
+    return plans.save(open_store(tmp_path / "out"), made)
+
+
+@pytest.fixture
+def job(tmp_path, connection):
+    """Open, and without a message."""
+    job = planned(tmp_path, 100)
+    Watchlist(connection).put(job)
+    return job
+
+
+def lookout(app, connection, *models):
+    return Lookout(app, connection, lambda: models, every_s=0)
+
+
+def listed(connection):
+    return connection.zcard("nograd:backfills:length")
+
+
+def test_what_has_no_message_is_sent(app, connection, job):
+    lookout(app, connection, "length").look()
+    assert connection.llen(LIST) == SPARE
+    lookout(app, connection, "length").look()
+    assert connection.llen(LIST) == SPARE
+    assert listed(connection)
+
+
+def test_nothing_is_looked_at_that_could_not_be_run_here(app, connection, job):
+    lookout(app, connection, "another").look()
+    lookout(app, connection).look()
+    assert not connection.exists(LIST)
+    assert listed(connection)
+
+
+@pytest.mark.parametrize("where", ["Redis", "storage"])
+@pytest.mark.parametrize("wish", ["pause", "cancel"])
+def test_what_is_not_wanted_is_let_go_of(app, connection, job, where, wish):
+    if where == "Redis":
+        Window(connection, hints_of(job)).wish = wish
+    else:
+        state.write(job.store, State(wish=wish))
+    lookout(app, connection, "length").look()
+    assert not connection.exists(LIST)
+    assert not listed(connection)
+
+
+def test_what_is_done_is_closed_and_let_go_of(app, connection, job):
+    for chunk in range(job.plan.chunks):
+        writer = PartWriter(job.plan, chunk, job.rows_of(chunk))
+        for piece in open_reader(job).slices(job.extents(chunk), 4):
+            writer.add(piece, [1] * len(piece), {})
+        commit(job.store, job.plan, chunk, writer.finish(), started_at=0.0, ended_at=1.0, worker="w")
+    lookout(app, connection, "length").look()
+    assert job.store.size("_SUCCESS")
+    assert not listed(connection)
+
+
+def test_a_folder_that_holds_another_plan_by_now_is_let_go_of(app, connection, job, tmp_path):
+    shutil.rmtree(tmp_path / "out")
+    planned(tmp_path, 50)
+    lookout(app, connection, "length").look()
+    assert not connection.exists(LIST)
+    assert not listed(connection)
+
+
+def test_who_cannot_see_the_folder_leaves_it_to_another_and_says_so_once(app, connection, job, tmp_path, caplog):
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    blind = lookout(app, connection, "length")
+    with caplog.at_level(logging.WARNING):
+        blind.look()
+        blind.look()
+    assert [str(tmp_path / "out") in each.message for each in caplog.records] == [True]
+    assert listed(connection)
+    (tmp_path / "elsewhere").rename(tmp_path / "out")
+    lookout(app, connection, "length").look()
+    assert connection.llen(LIST) == SPARE
+
+
+def test_one_that_is_closing_leaves_everything_to_others(app, connection, job):
+    closing = lookout(app, connection, "length")
+    closing.close()
+    closing.look()
+    assert not connection.exists(LIST)
+    assert listed(connection)
+
+
+def test_it_looks_again_and_again_until_it_is_finished(app, connection, job):
+    running = Lookout(app, connection, lambda: ["length"], every_s=0.01)
+    running.start()
+    try:
+        until = time.monotonic() + 60
+        for _ in range(2):
+            while connection.llen(LIST) < SPARE:
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            connection.delete(LIST)
+            Window(connection, hints_of(job)).find_lost("length", sending_s=0)
+    finally:
+        running.finish(30)
+    connection.delete(LIST)
+    Window(connection, hints_of(job)).find_lost("length", sending_s=0)
+    time.sleep(0.2)
+    assert not connection.exists(LIST)
