@@ -1,7 +1,8 @@
 """The batch pool beside naive Celery and plain loops: ``python benchmarks/pool.py --only mlp,resnet --rounds 5``.
 
 Interleaved rounds on one machine, each measured worker started anew on a queue that is full, task events on unless a
-section says otherwise. Every figure is the median of the rounds; ratios are of neighbouring runs.
+section says otherwise, and no line in the log for each job on either side (``NOGRAD_LOG_JOBS=1`` for some). Every
+figure is the median of the rounds; ratios are of neighbouring runs.
 
 ========== ============================================================================================================
 mlp        16 → 128 → 1, one row a message: naive Celery (``-P solo``, one task = one forward), the pool, plain loops

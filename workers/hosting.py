@@ -29,6 +29,7 @@ from typing import Any, Literal
 from nograd.tasks.errors import ConfigError, ModelFileError
 from nograd.tasks.modelfile import ModelFile
 
+from . import collector
 from .crew import Crew
 from .engine import Engine
 from .memory import free
@@ -172,6 +173,7 @@ class Hosting:
 
     def _unload(self, name: str, then: State | None = None) -> None:
         model = weakref.ref(self._engine.models[name])
+        collector.take_back()
         jobs = list(dict.fromkeys(item.job for item in self._engine.remove(name).result()))
         waited = len(jobs)
         self._give_back(jobs)
@@ -192,3 +194,4 @@ class Hosting:
 def _run_each(changes: list[Callable[[], None]]) -> None:
     for change in changes:
         change()
+        collector.set_aside()

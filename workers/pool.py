@@ -39,7 +39,7 @@ from nograd.tasks.keys import CHUNKS, MODELS_RENEW_S, PREDICT_TASK, queue_name
 from nograd.tasks.modelfile import ModelFile, load_model_file
 from nograd.tasks.settings import Settings
 
-from . import device, last_words
+from . import collector, device, last_words
 from .backfill.lookout import Lookout
 from .backfill.runner import BoundTask, ChunkRunner
 from .crew import Crew
@@ -66,8 +66,6 @@ CHUNK_THREADS = 2
 #: seconds a warm shutdown waits for Redis to take the last results; without it a worker could not be stopped while
 #: Redis is away
 STORE_S = 30
-
-
 #: seconds a warm shutdown waits for a model that is being loaded: a thread that is in torch's code when the interpreter
 #: ends would abort the process
 LOAD_S = 5
@@ -191,6 +189,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         transport.watch(self._makes_progress)
         self._warn_of_small_batches()
         threading.Thread(target=self._keep_known, name="nograd-registry", daemon=True).start()
+        collector.set_aside()
 
     def on_close(self) -> None:
         """Begin nothing more. What has not reached the device goes back to the head of its queue, in order."""

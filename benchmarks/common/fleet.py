@@ -13,6 +13,8 @@ from pathlib import Path
 
 import redis
 
+from nograd.tasks.keys import LOG_JOBS
+
 BENCHMARKS = Path(__file__).parents[1]
 
 #: seconds a worker has to start, and a queue to be drained
@@ -29,7 +31,11 @@ class Broken(SystemExit):
 
 
 class Worker:
-    """A ``celery worker`` process; its log goes to a file."""
+    """A ``celery worker`` process; its log goes to a file.
+
+    It has no lines for each job, as a worker that is started with ``nograd worker``, or with ``celery worker`` without
+    ``-l info``, unless the environment of the benchmark says ``NOGRAD_LOG_JOBS=1``.
+    """
 
     def __init__(self, log: Path, *args: str, app: str = "nograd.tasks", env: Mapping[str, str] | None = None) -> None:
         self.log = log
@@ -37,7 +43,7 @@ class Worker:
         command += ["--without-gossip", "--without-mingle", "--loglevel", "INFO", *args]
         with log.open("wb") as out:
             self.process = subprocess.Popen(
-                command, cwd=BENCHMARKS, env={**os.environ, **(env or {})}, stdout=out, stderr=out
+                command, cwd=BENCHMARKS, env={LOG_JOBS: "0", **os.environ, **(env or {})}, stdout=out, stderr=out
             )
 
     def wait_until_ready(self) -> Worker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
@@ -9,6 +10,7 @@ from celery import Celery
 from kombu import Queue
 
 from common.hosted import MLP
+from nograd.tasks.keys import LOG_JOBS
 
 app = Celery(
     "naive", broker=os.environ["NOGRAD_REDIS_URL"], backend=os.environ["NOGRAD_REDIS_URL"], set_as_current=False
@@ -20,6 +22,9 @@ app.conf.update(
     task_queues=[Queue("nograd.mlp", routing_key="nograd.mlp")],
 )
 model = MLP().eval()
+if os.environ.get(LOG_JOBS) == "0":
+    for name in ("celery.worker.strategy", "celery.app.trace"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 @app.task(name="nograd.predict")

@@ -30,6 +30,7 @@ class Slow:
     def load(self, device):
         while self.gate and not os.path.exists(self.gate): time.sleep(0.01)
         self.weights = torch.nn.Linear(1000, 250, bias=False).eval()  # 1 MB
+        self.myself = self  # a cycle: only the collector lets go of it
     def forward(self, batch):
         if os.path.exists(HERE + "/slowly"):
             time.sleep(0.1)
