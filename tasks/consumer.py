@@ -13,7 +13,7 @@ from .errors import InvalidInput
 logger = logging.getLogger(__name__)
 
 #: seconds task events wait for each other, so that one publish carries many
-EVENTS_GATHER_S = 0.05
+EVENTS_GATHER_S = 0.1
 #: events in one publish, at most
 EVENTS_AT_ONCE = 1000
 

@@ -119,6 +119,7 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         self._refused_until = 0.0
         self._warned_at = 0.0
         self._direct: Any = None
+        self._shared: Any = None
         self._later = False
         where = self._address((args[0] if args else kwargs["connection"]).client)
         try:
@@ -168,6 +169,14 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
             return client.execute_command(*script.call(keys, args))
         except NoScriptError:
             return client.execute_command("EVAL", script.source, len(keys), *keys, *args)
+
+    def _create_client(self, asynchronous: bool = False) -> Any:
+        """As kombu's, which makes one for every command: that takes as long as the command. Here one for each pool."""
+        if asynchronous:  # these hold the connection that is read by the loop
+            return super()._create_client(asynchronous=True)
+        if self._shared is None or self._shared.connection_pool is not self.pool:
+            self._shared = super()._create_client()
+        return self._shared
 
     # -- consuming ---------------------------------------------------------------------------------------------------
 
