@@ -22,7 +22,8 @@ _PRIVATE: dict[Any, tuple[str, ...]] = {
     kombu_redis.Channel: (
         "_brpop_start", "_brpop_read", "_in_poll", "_brpop_sent_at", "_connparams", "_get_pool", "_disconnect_pools",
         "_create_client", "_close_clients", "_q_for_pri", "_put", "_get", "_basic_cancel", "_update_queue_cycle",
-        "_flush_brpop_reauth", "create_publish_batch", "conn_or_acquire", "ack_emulation", "priority_steps", "global_keyprefix",
+        "_flush_brpop_reauth", "create_publish_batch", "conn_or_acquire", "ack_emulation", "priority_steps",
+        "global_keyprefix",
     ),
     kombu_redis.QoS: ("append", "ack", "reject", "restore_unacked", "restore_unacked_once", "restore_visible"),
     kombu_redis.MultiChannelPoller: (
