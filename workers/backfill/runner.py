@@ -46,7 +46,7 @@ from nograd.workers.risk import Gate
 from .attempt import Attempt, GivenUp, hint
 from .block import Block
 from .measure import Measurement
-from .scoring import Device, Scorer, scorer_for
+from .scoring import FAR, NEAR, Device, Scorer, scorer_for
 from .trim import trim
 
 logger = logging.getLogger(__name__)
@@ -306,6 +306,7 @@ class ChunkRunner:
                 block=lambda rows: Block(task_id, task.delivery, settings, rows, split, left=left),
                 note=hold.note,
                 guard=guard,
+                lead=NEAR if self._engine.device.type == "cpu" else FAR,
             )
         finally:
             left.set()

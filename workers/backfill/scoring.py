@@ -32,11 +32,30 @@ from nograd.workers.outputs import finish
 
 from .block import Block
 from .columns import input_of, numeric, to_array
+from .trim import OFTEN_S, trim
 
 #: batches on their way over the device at a time: one there, one that waits for it, one whose outputs are written
 BLOCKS = 3
-#: slices that are prepared ahead of the device
-AHEAD = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Lead:
+    """How far preparing rows goes ahead of the device.
+
+    Attributes:
+        slices: that are prepared before the last ones are on their way.
+        blocks: batches on their way over the device.
+    """
+
+    slices: int
+    blocks: int
+
+
+#: for a device that must not wait while the CPU is at something else
+FAR = Lead(3, BLOCKS)
+#: for a CPU, which can prepare or run, and gains nothing by more: a worker holds up to two chunks' rows
+NEAR = Lead(0, 2)
+
 #: prepared rows that wait for company, in batches: of images that all have a size of their own, most would wait
 GROUPED = 16
 #: seconds before rows whose errors may pass are tried again, in turn
@@ -67,6 +86,7 @@ class Device:
         note: called before rows of the chunk are prepared or run: the first one's position, and how many are under way
             from there on.
         guard: the time limit of the model for one row's preparation or ``finish``, given the word for it.
+        lead: how far ahead of it rows are prepared one by one.
     """
 
     submit: Callable[[Block], None]
@@ -74,6 +94,7 @@ class Device:
     block: Callable[[Sequence[Any]], Block]
     note: Callable[[int, int], None]
     guard: Callable[[str], AbstractContextManager[None]]
+    lead: Lead = FAR
 
     def wait(self, block: Block) -> Block:
         """Wait for a block, checking meanwhile.
@@ -318,7 +339,7 @@ class _Objects:
         for piece in slices:
             self._device.check()
             self._begin(piece)
-            while len(self._ahead) > AHEAD:
+            while len(self._ahead) > self._device.lead.slices:
                 self._batch(self._ahead.popleft())
             yield from self._finished()
         while self._ahead:
@@ -396,7 +417,7 @@ class _Objects:
         block = self._device.block([row.prepared for row in rows])
         self._blocks.append((block, rows))
         self._device.submit(block)
-        self._settle(BLOCKS - 1)
+        self._settle(self._device.lead.blocks - 1)
 
     def _settle(self, most: int) -> None:
         """Wait until so few blocks are under way."""
@@ -405,6 +426,8 @@ class _Objects:
             self._device.wait(block)
             for row, outcome in zip(rows, _each(self._model, block, self._params, self._device), strict=True):
                 self._take(row, outcome)
+            del block, rows
+            trim(OFTEN_S)
 
     def _take(self, row: _Row, outcome: Any) -> None:
         pending = row.pending
