@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any, Final
 
 #: seconds between two trims within a chunk: each takes some milliseconds, and what is used again has to be got again
-OFTEN_S: Final = 3.0
+OFTEN_S: Final = 1.0
 
 _last = float("-inf")
 
