@@ -99,8 +99,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             does not count.
         hard_timeout_s: seconds one forward may take, or one preparation or ``finish``. A worker in which a model takes
             longer ends and is started again; the jobs of that forward run alone from then on. ``inf`` for no limit.
-        load_timeout_s: seconds a load may take, warm-up included, while the worker is up (``nograd models load``). Then
-            it has failed, and the worker goes on without the model. ``inf`` for no limit; a worker that starts waits.
+        load_timeout_s: seconds a load may take, warm-up included. While the worker is up (``nograd models load``) it
+            has failed then, and the worker goes on without the model; a worker that starts ends then, and is started
+            again. ``inf`` for no limit.
         params: default parameters of a prediction (generation settings and the like); a job may override them.
     """
 

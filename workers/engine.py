@@ -5,7 +5,8 @@ Laws:
 * Warm-up and every forward happen on one thread, inside ``torch.no_grad()``: grad mode and CUDA graphs belong to a
   thread, and a model that was loaded is warm before a job can reach it. The first models are loaded there as well.
 * Models come and go between two batches; what comes later is loaded beside them (`loading`). One that cannot be loaded,
-  or is over the memory budget, leaves nothing behind and the others as they were.
+  or is over the memory budget, leaves nothing behind and the others as they were. One of the first that takes longer
+  than its ``load_timeout_s`` is the watchdog's: nobody can take the device thread back from it.
 * How a batch is run, and what its failures cost, is `forward`'s business. Whatever is raised, also what is no
   `Exception`, becomes the outcome of an item and the thread lives on; except when the device is lost.
 * An item whose deadline passes, waiting or on the device, is resolved by `expire` at that moment; what the forward says
@@ -208,9 +209,12 @@ class Engine:
         token = object()
         self._loads[token] = model.spec.load_timeout_s
 
+        def on_device(errand: Callable[[], None], what: str | None) -> None:
+            self._call(errand if what is None else partial(self._load_alone, model, errand, what)).result()
+
         def load(model: HostedModel, wanted: Callable[[], bool]) -> None:
             try:
-                self._load(model, lambda errand: self._call(errand).result(), wanted)
+                self._load(model, on_device, wanted)
             finally:
                 del self._loads[token]
 
@@ -250,7 +254,7 @@ class Engine:
         with torch.no_grad():
             try:
                 while self._first:
-                    self._load(self._first.pop(0), lambda errand: errand(), lambda: True)
+                    self._load_first(self._first.pop(0))
             except BaseException as err:  # noqa: BLE001 - whatever it is, the waiting thread raises it
                 start.error = err
                 return
@@ -287,41 +291,57 @@ class Engine:
                 _fail(batch, err)
         return True
 
+    def _load_first(self, model: HostedModel) -> None:
+        """Load a model where nothing else runs yet, all of it within its limit."""
+        token = object()
+        self._loads[token] = model.spec.load_timeout_s
+        self._begin_load("the load", model)
+        try:
+            self._load(model, lambda errand, _: errand(), lambda: True)
+        finally:
+            self.activities.end()
+            del self._loads[token]
+
     def _load(
-        self, model: HostedModel, on_device: Callable[[Callable[[], None]], None], wanted: Callable[[], bool]
+        self,
+        model: HostedModel,
+        on_device: Callable[[Callable[[], None], str | None], None],
+        wanted: Callable[[], bool],
     ) -> None:
-        """Load a model and enter it, if it is then ``wanted``; ``on_device`` runs an errand on the device thread."""
+        """Load a model and enter it, if it is then ``wanted``.
+
+        Args:
+            model: the model.
+            on_device: runs an errand on the device thread, and what that does if it runs the model's code.
+            wanted: asked at the very end.
+        """
         began = time.monotonic()
         try:
-            on_device(self.memory.open)
+            on_device(self.memory.open, None)
             if model.loads_alone:
-                on_device(lambda: self._load_alone(model))
+                on_device(lambda: model.load(self.device), "the load")
             else:
                 model.load(self.device)
             model.parts = identify(model)
             model.version = fingerprint(model.parts)
             for step in steps(model):
-                on_device(partial(self._warm_up, model, step))
+                on_device(step, "the warm-up")
         except torch.OutOfMemoryError as err:
             why = str(err).partition(". ")[0]
             raise ModelFileError(f"{model.file}: [{model.name}]: does not fit on {self.device}: {why}") from err
-        on_device(lambda: self._enter(model, wanted, began))
+        on_device(lambda: self._enter(model, wanted, began), None)
 
-    def _load_alone(self, model: HostedModel) -> None:
-        self.activities.begin("the load", model.name, [], model.spec.load_timeout_s, "load_timeout_s")
+    def _load_alone(self, model: HostedModel, errand: Callable[[], None], what: str) -> None:
+        """Run what loads a model on the device thread, between the batches of others."""
+        self._begin_load(what, model)
         try:
             with self.risks.gate.alone():
-                model.load(self.device)
+                errand()
         finally:
             self.activities.end()
 
-    def _warm_up(self, model: HostedModel, step: Callable[[], None]) -> None:
-        self.activities.begin("the warm-up", model.name, [], model.spec.load_timeout_s, "load_timeout_s")
-        try:
-            with self.risks.gate.alone():
-                step()
-        finally:
-            self.activities.end()
+    def _begin_load(self, what: str, model: HostedModel) -> None:
+        self.activities.begin(what, model.name, [], model.spec.load_timeout_s, "load_timeout_s")
 
     def _enter(self, model: HostedModel, wanted: Callable[[], bool], began: float) -> None:
         if not wanted():

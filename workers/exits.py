@@ -8,8 +8,8 @@ from typing import Final
 EXIT_CONFIG: Final = 2
 #: the device answers no more (a device-side assert, an illegal access); a new process has a new context
 EXIT_DEVICE: Final = 70
-#: a model's code took longer than ``hard_timeout_s``. Code that holds the GIL as well ends the worker with 1: the timer
-#: of the interpreter that finds it knows no other
+#: a model's code took longer than ``hard_timeout_s``, or its load at the start than ``load_timeout_s``. Code that holds
+#: the GIL as well ends the worker with 1: the timer of the interpreter that finds it knows no other
 EXIT_HUNG: Final = 71
 
 _MEANINGS: Final = {EXIT_DEVICE: "its device is lost", EXIT_HUNG: "a model hung"}

@@ -10,11 +10,12 @@ Laws:
 
 * Messages of ``nograd.predict`` are batched across callers; every other task runs through Celery's tracer on a thread.
 * An input that cannot be prepared fails alone; the other items of its message and its batch go on.
-* Interactive messages go before bulk ones wherever something waits. What is not on the device is bounded in items
-  (`intake`): the rest stays in Redis, for any worker.
+* Interactive messages go before bulk ones wherever something waits. What is not on the device is bounded to a few
+  batches (`intake`): the rest stays in Redis, for any worker.
 * A message is settled exactly once; one that was revoked, or never reached the device before shutdown, is not settled
   at all: Celery has answered it already, or the broker gives it to another worker.
-* Models are loaded and warm before the first message is fetched; a model that cannot be loaded stops the start.
+* Models are loaded and warm before the first message is fetched; a model that cannot be loaded stops the start, and one
+  that is not within its ``load_timeout_s`` ends the worker, for whoever starts it again.
   What comes and goes later is `hosting`'s business.
 """
 
@@ -145,7 +146,9 @@ class TaskPool(BasePool):  # type: ignore[misc]
             file = _model_file()
             hooks = Hooks(self._withdrawn.submit, _mark_suspects, self._on_fits, self._on_device_lost)
             self.engine = engine = Engine(file, self._names(file), hooks, memory_budget=resources.memory_budget)
-            self.engine.start()
+            self.watchdog = Watchdog(engine.activities, engine.limits_s, self._on_tick, self._on_hung)
+            self.watchdog.start()  # before the models are loaded, which may hang as well
+            engine.start()
         except ConfigError as err:
             # Celery would print a traceback and exit 1; this is the user's to fix, and one line says it all.
             logger.critical("the worker does not start: %s", err.message)
@@ -153,8 +156,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
         task = self.app.tasks[PREDICT_TASK]
         _, hostname = self.options.get("initargs") or (None, "")
         self.settler = Settler(ResultStore(self.app, task, hostname), task.resultrepr_maxsize, engine.risks)
-        waiting = lambda: engine.queue.waiting  # noqa: E731
-        self.intake = Intake(self.limit, self._largest(), waiting, transport.resume, threads=resources.threads)
+        held = engine.queue.held
+        self.intake = Intake(self.limit, self._largest(), held, transport.resume, threads=resources.threads)
         engine.queue.on_taken = self.intake.eased
         transport.throttle(self._room)
         lease_s = Settings.from_env().lease_s
@@ -171,13 +174,6 @@ class TaskPool(BasePool):  # type: ignore[misc]
             threads=resources.threads,
             risks=engine.risks,
         )
-
-        self.watchdog = Watchdog(
-            engine.activities,
-            engine.limits_s,
-            self._on_tick,
-            self._on_hung,
-        )
         self.sizes = SafeSizes(self.app.backend.client, kind_of(engine.device), engine.queue.cap)
         self._threads = {"prepare": resources.threads, **device.threads()}
         self.hosting = Hosting(engine, _model_file, self._give_back, self._announce)
@@ -185,7 +181,6 @@ class TaskPool(BasePool):  # type: ignore[misc]
             crew.start()
         self.sizes.start()
         self.lookout.start()
-        self.watchdog.start()
         transport.watch(self._makes_progress)
         self._warn_of_small_batches()
         threading.Thread(target=self._keep_known, name="nograd-registry", daemon=True).start()
@@ -304,13 +299,12 @@ class TaskPool(BasePool):  # type: ignore[misc]
         return self.engine.alive and self.watchdog.alive
 
     def _on_tick(self) -> None:
-        if self.engine is None:
+        if self.engine is None or self.preparer is None:  # its first models are being loaded; `on_start` hears of them
             return
         if not self.engine.alive and not self._stopping.is_set():
             self._die(EXIT_DEVICE, "the device thread has ended, which is a bug", [])
         self.engine.expire()
-        if self.preparer is not None:
-            self.preparer.expire()
+        self.preparer.expire()
 
     def _on_fits(self, model: str, group: Any, max_items: int) -> None:
         if self.sizes is not None:

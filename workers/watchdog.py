@@ -3,9 +3,9 @@
 Laws:
 
 * A forward, or the preparation or ``finish`` of one input, that takes longer than its model's ``hard_timeout_s`` is
-  called out, with the stack of its thread. One that is slow, but within that, is left alone. A step
-  of the warm-up of a model that is loaded while others work has its ``load_timeout_s``; a load on a thread of its own
-  is `loading`'s to give up.
+  called out, with the stack of its thread. One that is slow, but within that, is left alone. The load of a model that a
+  worker starts with has its ``load_timeout_s``, and so has a step of the warm-up of one that is loaded while others
+  work; a load on a thread of its own is `loading`'s to give up.
 * Between two ticks `on_tick` runs, `TICK_S` apart at most while the interpreter runs at all.
 * Code that holds the GIL stops this thread as well. So it keeps pushing back a timer of the interpreter's own, in C,
   that prints every stack and ends the process (exit code 1) when nobody pushes it any more. It leaves one limit and

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from nograd.producer import Client
+from nograd.workers.exits import EXIT_HUNG
 from waiting import PATIENCE_S as TIMEOUT
 from waiting import until
 
@@ -252,6 +253,15 @@ def test_a_load_that_hangs_fails_in_time_and_says_where_and_the_worker_goes_on(f
     assert client.submit("extra", 1).result(60) == 10
     assert traffic() > 0
     assert fleet.worker.stop() == 0
+
+
+def test_a_worker_that_cannot_load_its_models_in_time_ends_and_says_where_it_was(fleet):
+    fleet.file.write_text(STEADY + HANGING)
+    worker = fleet.start(ready=False).worker
+    until(lambda: not worker.alive(), worker.text)
+    assert worker.process.returncode == EXIT_HUNG
+    assert "the load of model hanging took longer than load_timeout_s = 1 s" in worker.text()
+    assert "time.sleep(1000)" in worker.text()
 
 
 def test_models_beyond_the_memory_budget_are_refused_and_leave_nothing_behind(fleet, client):
