@@ -144,6 +144,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             resources = Resources.from_env()
             device.configure(resources)
             file = _model_file()
+            books = self._books()
             hooks = Hooks(self._withdrawn.submit, _mark_suspects, self._on_fits, self._on_device_lost)
             self.engine = engine = Engine(file, self._names(file), hooks, memory_budget=resources.memory_budget)
             self.watchdog = Watchdog(engine.activities, engine.limits_s, self._on_tick, self._on_hung)
@@ -161,8 +162,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
         engine.queue.on_taken = self.intake.eased
         transport.throttle(self._room)
         lease_s = Settings.from_env().lease_s
-        self.chunks = ChunkRunner(engine, self.app.backend.client, hostname, threads=resources.threads, claim_s=lease_s)
-        self.lookout = Lookout(self.app, self.app.backend.client, lambda: list(engine.models), every_s=lease_s)
+        self.chunks = ChunkRunner(engine, books, hostname, threads=resources.threads, claim_s=lease_s)
+        self.lookout = Lookout(self.app, books, lambda: list(engine.models), every_s=lease_s)
         self.preparer = Preparer(
             engine.models,
             engine.queue,
@@ -174,7 +175,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             threads=resources.threads,
             risks=engine.risks,
         )
-        self.sizes = SafeSizes(self.app.backend.client, kind_of(engine.device), engine.queue.cap)
+        self.sizes = SafeSizes(books, kind_of(engine.device), engine.queue.cap)
         self._threads = {"prepare": resources.threads, **device.threads()}
         self.hosting = Hosting(engine, _model_file, self._give_back, self._announce)
         for crew in (self.settler, self.preparer, self._tasks, self._withdrawn, self._backfill, self.hosting):
@@ -398,6 +399,17 @@ class TaskPool(BasePool):  # type: ignore[misc]
         except Exception as err:  # noqa: BLE001 - no Redis backend, or any trouble with it; jobs do not depend on it
             logger.warning("jobs that were cancelled while this worker had no connection may run: %s", err)
 
+    def _books(self) -> Any:
+        """The Redis of the results, where workers also keep what they know of jobs, models and backfills."""
+        backend = self.app.backend
+        client = getattr(backend, "client", None)
+        if not callable(getattr(client, "register_script", None)):
+            raise ConfigError(
+                f"the app {self.app.main} has {type(backend).__name__} for its results; the pool needs "
+                'Redis there (result_backend = "redis://…")'
+            )
+        return client
+
     def _names(self, file: ModelFile) -> list[str]:
         """The models whose queues this worker consumes (``-Q`` narrows them)."""
         consumed = self.app.amqp.queues.consume_from
@@ -442,11 +454,6 @@ class TaskPool(BasePool):  # type: ignore[misc]
             try:
                 self._register()
                 wait = MODELS_RENEW_S
-            except AttributeError:  # another app's result backend; its clients name their models themselves
-                logger.warning(
-                    "the result backend is not Redis; clients need a model file to know this worker's models"
-                )
-                return
             except Exception as err:  # noqa: BLE001 - any trouble with Redis; jobs do not depend on it
                 wait = 5.0
                 logger.warning("the models could not be registered in Redis (%s); trying again in %.0f s", err, wait)

@@ -68,3 +68,10 @@ def test_it_may_keep_its_results_on_another_redis(redis_url, start, start_worker
             del sent
             gc.collect()  # results unsubscribe when they are collected
         start_worker.stop(redis_url)  # before its results' server does
+
+
+@pytest.mark.parametrize(("results", "named"), [("", "DisabledBackend"), ("cache+memory://", "CacheBackend")])
+def test_without_redis_for_its_results_a_worker_does_not_start_and_says_why(start, results, named):
+    worker = start("linear", ready=False, OWN_RESULTS=results)
+    assert worker.process.wait(PATIENCE_S) == 2
+    assert f"the app own has {named} for its results" in worker.text()
