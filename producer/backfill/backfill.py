@@ -103,6 +103,15 @@ class Backfill:
         return plans.load(self._store)
 
     @property
+    def planned(self) -> bool:
+        """Whether the folder holds a plan.
+
+        Raises:
+            BackfillError: if it cannot be read.
+        """
+        return plans.find(self._store) is not None
+
+    @property
     def id(self) -> str:
         """Names it, together with its folder."""
         return hints_of(self.job)
@@ -118,6 +127,7 @@ class Backfill:
 
         Raises:
             PlanChanged: if the folder holds another plan.
+            OutputError: if it holds something else.
             BackfillError: and others, see `planning.prepare`.
         """
         request = self._asked()
@@ -125,6 +135,8 @@ class Backfill:
         if planned is not None:  # its chunks are cut as they are
             self._check_request(planned, request)
             request = dataclasses.replace(request, rows_per_chunk=planned.plan.rows_per_chunk)
+        else:
+            plans.check_vacant(self._store)  # before a sample is scored
         prepared = planning.prepare(self._client, request, self.out, timeout_s)
         if planned is not None:
             fingerprint.check(planned, model=prepared.draft.plan.model)
@@ -286,6 +298,8 @@ class Backfill:
     def pause(self) -> None:
         """Have the workers let go of it within seconds; chunks under way are run again after `resume`.
 
+        One that has come to its end stays as it is.
+
         Raises:
             BackfillError: if there is no plan.
             BrokerUnavailable: if Redis does not answer: the workers are not told, but nothing new is sent any more.
@@ -386,6 +400,8 @@ class Backfill:
 
     def _want(self, wish: Wish) -> None:
         stage = self._stages.last()
+        if stage.closed:
+            return
         self._set(stage.job.store, wish=wish, why=None)
         with self._client.broker.errors():
             stage.window.wish = wish
@@ -485,7 +501,8 @@ def _checked(now: Status) -> Status:
     """The end of a backfill, or why it ended otherwise."""
     if now.over_budget or (now.why or "").startswith(OVER_BUDGET):
         raise BudgetExceeded(
-            f"{now.out}: {now.progress.rows_err} of {now.progress.rows} rows failed, {now.may_fail} may; "
+            f"{now.out}: {now.progress.rows_err:,} of {now.progress.rows:,} rows failed, "
+            f"the error budget is {now.may_fail:,}; "
             "`nograd backfill errors` shows why, `resume --error-budget` goes on"
         )
     if now.state == "cancelled":

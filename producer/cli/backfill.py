@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 from rich.table import Table
-
-from nograd.tasks.errors import NogradError
 
 from .common import FAILED, Run, command, parse_object
 from .progress import Display, describe, duration, percent, size, span
@@ -28,7 +27,7 @@ _FORMATS = click.Choice(["parquet", "csv", "jsonl", "openai", "images"])
 _TIMEOUT = click.option(
     "--timeout", type=click.FloatRange(min=0), default=120.0, show_default=True, help="Seconds a worker has to answer."
 )
-_BUDGET = click.option("--error-budget", metavar="N|P%", help="Failed rows, or their share, at which the run stops.")
+_BUDGET = click.option("--error-budget", metavar="N|P%", help="Failed rows, or their share, that may be; more stop it.")
 _DETACH = click.option("--detach", is_flag=True, help="Return once it runs.")
 
 
@@ -84,9 +83,8 @@ def plan(run: Run, *, model: str, source: str, out: str | None, timeout: float, 
             request = client.backfill_request(model, source, **_options(options))
             estimate = prepare(client, request, None, timeout).estimate
         else:
-            estimate = client.backfill(model, source, out, **_options(options)).plan(
-                save=not dry_run, timeout_s=timeout
-            )
+            job = client.backfill(model, source, out, **_options(options))
+            estimate = job.plan(save=not dry_run, timeout_s=timeout)
     saved = out is not None and not dry_run
     run.emit({**msgspec.to_builtins(estimate), "saved": saved}, _estimate(estimate))
     return OK
@@ -117,7 +115,8 @@ def run_(
     """
     with run.client() as client:
         job = client.backfill(model, source, out, error_budget=error_budget, **_options(options))
-        job.start(timeout)
+        with _beginning(run, job):
+            job.start(timeout)
         return _stay(run, job, detach=detach)
 
 
@@ -203,14 +202,14 @@ def watch(run: Run, *, out: str) -> int:
 @click.argument("out")
 def pause(run: Run, *, out: str) -> int:
     """Have the workers let go of a backfill; what is committed stays, chunks under way are run again later."""
-    return _tell(run, out, lambda job: job.pause(), "is paused; `nograd backfill resume` goes on")
+    return _tell(run, out, lambda job: job.pause(), "is paused; `nograd backfill resume` goes on", "pause")
 
 
 @command
 @click.argument("out")
 def cancel(run: Run, *, out: str) -> int:
     """End a backfill; what is committed stays."""
-    return _tell(run, out, lambda job: job.cancel(), "is cancelled; what is committed stays")
+    return _tell(run, out, lambda job: job.cancel(), "is cancelled; what is committed stays", "cancel")
 
 
 @command
@@ -270,12 +269,27 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _tell(run: Run, out: str, tell: Callable[[Backfill], None], said: str) -> int:
+@contextlib.contextmanager
+def _beginning(run: Run, job: Backfill) -> Iterator[None]:
+    """Say at once what takes so long; and after a Ctrl-C, whether there is a backfill now."""
+    if not job.planned:
+        run.complain("planning: reading the inputs, scoring a sample …")
+    try:
+        yield
+    except KeyboardInterrupt:
+        if job.planned:
+            run.complain(f"stopped, but the backfill is planned: `nograd backfill resume {job.out}` goes on with it")
+        else:
+            run.complain("stopped before the backfill had begun; no row was written")
+        raise click.exceptions.Exit(INTERRUPTED) from None
+
+
+def _tell(run: Run, out: str, tell: Callable[[Backfill], None], said: str, verb: str) -> int:
     with run.client() as client:
         job = client.backfill_at(out)
         tell(job)
         now = job.status()
-    run.emit(now.as_json(), f"{now.out} {said}")
+    run.emit(now.as_json(), f"{now.out} {f'is finished already; nothing to {verb}' if now.state == 'done' else said}")
     return OK
 
 
@@ -286,25 +300,14 @@ def _stay(run: Run, job: Backfill, *, detach: bool) -> int:
         run.emit(now.as_json(), f"{now.id} runs; `nograd backfill watch {now.out}` shows it")
         return OK
     began = time.monotonic()
-    last: list[Status] = []
-    display = Display()
-
-    def show(now: Status) -> None:
-        last[:] = [now]
-        display(now)
-
     try:
-        with display:
-            now = job.follow(show, interval_s=INTERVAL_S)
+        with Display() as display:
+            now = job.follow(display, interval_s=INTERVAL_S)
     except KeyboardInterrupt:
         run.complain(
             f"the workers go on: `nograd backfill watch {job.out}` shows it, `resume` stays with it, `cancel` ends it"
         )
         return INTERRUPTED
-    except NogradError:
-        if last:
-            run.complain(describe(last[0]))
-        raise
     failed = now.progress.rows_err
     text = f"{now.progress.rows_ok:,} predictions in {now.out}/parts, {failed:,} failed rows; "
     text += f"watched for {duration(time.monotonic() - began)}"

@@ -39,6 +39,11 @@ VERSION = 1
 SourceKind = Literal["parquet", "csv", "jsonl", "openai", "images"]
 OutputFormat = Literal["parquet", "jsonl", "openai"]
 
+#: what may stand in a folder without a plan: a planning was interrupted there
+_LEFT_BY_PLANNING = frozenset({layout.PLAN_FOLDER, layout.STAGING})
+#: other names that are told
+_SHOWN = 5
+
 #: rows of `_plan/*.parquet` that are read together to find a few
 _GROUP_ROWS = 16_384
 
@@ -386,11 +391,12 @@ def save(store: Store, draft: Draft) -> Job:
 
     Raises:
         PlanChanged: if it has another one.
-        OutputError: if the folder cannot hold a backfill, or stands among the inputs.
+        OutputError: if the folder cannot hold a backfill, holds something else, or stands among the inputs.
     """
     planned = find(store)
     if planned is None:
         check_apart(store.url, draft.plan.source.urls)
+        check_vacant(store)
         store.probe()
         for kind, table, sha in (
             ("inputs", draft.inputs, draft.plan.inputs.sha256),
@@ -419,6 +425,20 @@ def check_apart(out: str, inputs: Sequence[str]) -> None:
         folder = f"{url.rstrip('/')}/"
         if f"{out}/".startswith(folder) or folder.startswith((f"{out}/{layout.PARTS}/", f"{out}/{layout.ERRORS}/")):
             raise OutputError(f"{out} is among the inputs ({url}): what is written there would be read as input")
+
+
+def check_vacant(store: Store) -> None:
+    """Refuse to begin a backfill among other files.
+
+    What a planning that was interrupted has left is no hindrance, nor are names that begin with a dot.
+
+    Raises:
+        OutputError: naming some of what stands there.
+    """
+    others = [name for name in store.entries() if name not in _LEFT_BY_PLANNING and not name.startswith(".")]
+    if others and store.size(layout.PLAN) is None:  # else somebody else has planned one this moment
+        shown = ", ".join(others[:_SHOWN]) + (f" and {len(others) - _SHOWN:,} more" if len(others) > _SHOWN else "")
+        raise OutputError(f"{store.url} is not empty and holds no backfill (there: {shown}); name a folder of its own")
 
 
 def find(store: Store) -> Job | None:

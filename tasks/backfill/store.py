@@ -77,6 +77,9 @@ class Store(Protocol):
     def names(self, folder: str) -> list[str]:
         """The names of the objects in a folder, sorted, without the folder; empty if there is no such folder."""
 
+    def entries(self, folder: str = "") -> list[str]:
+        """As `names`, with the names of folders; of the whole store, if no folder is named."""
+
     def remove(self, name: str) -> None:
         """Remove an object, if it is there."""
 

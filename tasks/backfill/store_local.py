@@ -136,6 +136,10 @@ class LocalStore:
             return sorted(os.listdir(self.root / folder))  # noqa: PTH208 - a million names, no Path for each
         return []
 
+    def entries(self, folder: str = "") -> list[str]:
+        """The files and folders in a folder, sorted."""
+        return self.names(folder)
+
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
         with refusals(f"{self.url}/{name}", "remove"):

@@ -115,6 +115,16 @@ class RemoteStore:
             return sorted(entry["name"].rsplit("/", 1)[-1] for entry in found if entry["type"] == "file")
         return []
 
+    def entries(self, folder: str = "") -> list[str]:
+        """The first parts of the names under a prefix, sorted."""
+        root = self._path(folder).rstrip("/")
+        with contextlib.suppress(FileNotFoundError), refusals(self.url, "list"):
+            self._fs.invalidate_cache(root)
+            paths = [entry["name"].rstrip("/") for entry in self._fs.ls(root, detail=True)]
+            # Some stores list the prefix itself, where somebody has made an object to stand for a folder.
+            return sorted(path.rsplit("/", 1)[-1] for path in paths if path.strip("/") != root.strip("/"))
+        return []
+
     def remove(self, name: str) -> None:
         """Remove an object, if it is there."""
         with contextlib.suppress(FileNotFoundError), refusals(f"{self.url}/{name}", "remove"):

@@ -68,6 +68,10 @@ class RetryStore:
             return self._store.names(self._name(folder))
         return [name.removeprefix(self._prefix) for name in self._store.names(folder) if name.startswith(self._prefix)]
 
+    def entries(self, folder: str = "") -> list[str]:
+        """Of the retry's own folder: parts and errors are not in it."""
+        return self._store.entries(self._name(folder).rstrip("/"))
+
     def remove(self, name: str) -> None:
         """Of the retry."""
         self._store.remove(self._name(name))

@@ -12,7 +12,7 @@ import pytest
 from nograd.producer.backfill.status import Status
 from nograd.producer.cli.progress import Display, describe, duration, percent, size, span
 from nograd.tasks.backfill.progress import Progress
-from waiting import PATIENCE_S
+from waiting import PATIENCE_S, until
 
 NOGRAD = Path(sys.executable).with_name("nograd")
 
@@ -89,7 +89,8 @@ def test_more_failed_rows_than_may_are_3_cancelled_is_4_a_damaged_output_5(backf
     code, out, err = asked(backfills, csv, tmp_path / "out", "--error-budget", "3", "--json")
     assert code == 3
     assert json.loads(out)["error"]["code"] == "budget_exceeded"
-    assert "failed, 3 may" in err
+    assert "of 1,000 rows failed, the error budget is 3; " in err
+    assert [line.startswith("nograd: ") for line in err.splitlines()[-2:]] == [False, True]  # the state, then why
     assert nograd(backfills, "resume", tmp_path / "out", "--error-budget", "100%")[0] == 1
     assert nograd(backfills, "verify", tmp_path / "out")[0] == 0
     part = tmp_path / "out" / "parts" / "part-000000.parquet"
@@ -133,6 +134,7 @@ def followed(world, csv, out):
     words = ("run", "doubler", csv, out, "--id", "k", "--columns", "x", "--chunk-rows", "100")
     env = {**os.environ, "NOGRAD_REDIS_URL": world.url}
     driver = subprocess.Popen([NOGRAD, "backfill", *words], env=env, stderr=subprocess.PIPE, text=True)
+    assert "planning" in driver.stderr.readline()
     assert "0 of 1,000 rows" in driver.stderr.readline()
     return driver
 
@@ -147,6 +149,35 @@ def test_ctrl_c_leaves_it_running_and_says_how_to_come_back(backfills, csv, tmp_
     backfills.gate.unlink()
     assert nograd(backfills, "watch", tmp_path / "out")[0] == 0
     assert (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_ctrl_c_while_it_plans_says_that_nothing_has_begun(empty, register, csv, tmp_path):
+    register(empty.client, doubler="rows")  # known, and nobody scores its sample
+    words = ("run", "doubler", csv, tmp_path / "out", "--id", "k", "--columns", "x")
+    env = {**os.environ, "NOGRAD_REDIS_URL": empty.url}
+    driver = subprocess.Popen([NOGRAD, "backfill", *words], env=env, stderr=subprocess.PIPE, text=True)
+    assert driver.stderr.readline() == "nograd: planning: reading the inputs, scoring a sample …\n"
+    until(lambda: empty.client.broker.waiting(["doubler"])["doubler"])
+    driver.send_signal(signal.SIGINT)
+    _, err = driver.communicate(timeout=PATIENCE_S)
+    assert (driver.returncode, err) == (130, "nograd: stopped before the backfill had begun; no row was written\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_finished_is_neither_paused_nor_cancelled(backfills, good, tmp_path):
+    asked(backfills, good, tmp_path / "out")
+    for verb in ("pause", "cancel"):
+        said = (0, f"{tmp_path / 'out'} is finished already; nothing to {verb}\n", "")
+        assert nograd(backfills, verb, tmp_path / "out") == said
+    assert json.loads((tmp_path / "out" / "_state.json").read_bytes())["wish"] == "run"
+    assert json.loads(nograd(backfills, "status", tmp_path / "out", "--json")[1])["state"] == "done"
+
+
+def test_a_folder_with_other_files_is_refused_before_a_sample_is_scored(empty, register, csv):
+    register(empty.client, doubler="rows")
+    code, _, err = asked(empty, csv, csv.parent.parent, "--timeout", "0")
+    assert (code, (csv.parent.parent / "_plan").exists()) == (2, False)
+    assert "holds no backfill (there: in); name a folder of its own" in err
 
 
 def test_usage_and_configuration_are_2(backfills, csv, tmp_path):

@@ -6,6 +6,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from nograd.tasks.backfill.plan import check_vacant
 from nograd.tasks.backfill.store import open_store
 from nograd.tasks.errors import OutputError
 
@@ -99,6 +100,26 @@ def test_what_is_not_there_is_told(store):
     assert store.size("_X") == 2
     with store.open("_X") as file:
         assert file.read(1) == b"2"
+
+
+def test_entries_are_what_stands_at_the_top(store):
+    assert store.entries() == []
+    store.create("_commits/a", b"x")
+    store.create("b", b"x")
+    assert [name for name in store.entries() if name != "_staging"] == ["_commits", "b"]
+
+
+def test_a_backfill_is_not_begun_among_other_files(store):
+    check_vacant(store)
+    for name in ("_plan/inputs-0123.parquet", "_staging/0123", ".DS_Store"):  # a planning was interrupted
+        store.create(name, b"x")
+    check_vacant(store)
+    for name in ("parts/a", "notes.txt"):
+        store.create(name, b"x")
+    with pytest.raises(OutputError, match=r"is not empty and holds no backfill \(there: notes.txt, parts\); name a"):
+        check_vacant(store)
+    store.create("_plan.json", b"x")
+    check_vacant(store)
 
 
 def test_a_probe_leaves_nothing(store):
