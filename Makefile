@@ -20,6 +20,7 @@ install: $(VENV)/.installed  ## make .venv with everything in it
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nograd needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
+	@echo "installing torch and its family (the CUDA build: about 5 GB to download); this takes minutes"
 	$(if $(TORCH_INDEX),$(BIN)/pip install --quiet --index-url $(TORCH_INDEX) --constraint constraints.txt torch torchvision)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[worker,flower,dev]'
 	touch $@

@@ -14,7 +14,7 @@ from kombu.exceptions import BatchPublishError, OperationalError
 
 from nograd.tasks import cancelled, registry
 from nograd.tasks.errors import BrokerUnavailable, InvalidInput, JobError
-from nograd.tasks.keys import INTERACTIVE, PREDICT_TASK, PRIORITY_SUFFIXES, queue_name
+from nograd.tasks.keys import INTERACTIVE, PREDICT_TASK, PRIORITY_SEPARATOR, PRIORITY_SUFFIXES, queue_name
 from nograd.tasks.payloads import describe
 from nograd.tasks.predict import TimeoutS
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 PIPELINE_COMMANDS = 1000
 #: bytes of input in one pipeline, about; larger ones would only occupy memory here and in Redis' buffers
 PIPELINE_BYTES = 4 * 1024**2
+#: keys Redis looks at for one step of `Broker.queued`: about a millisecond, in which it does nothing else
+SCAN_KEYS = 5000
 #: characters of ``params`` that logs and Flower show
 PARAMS_CHARS = 200
 
@@ -204,6 +206,17 @@ class Broker:
             counts = iter(pipe.execute())
         return {model: sum(next(counts) for _ in PRIORITY_SUFFIXES) for model in models}
 
+    def queued(self) -> list[str]:
+        """The models in whose queues messages wait, known or not. Looks through all keys of Redis: for people.
+
+        Raises:
+            BrokerUnavailable: if Redis does not answer.
+        """
+        with self.errors():
+            lists = self.app.backend.client.scan_iter(match=queue_name("*"), count=SCAN_KEYS, _type="list")
+            names = {key.decode(errors="replace").split(PRIORITY_SEPARATOR)[0] for key in lists}
+        return sorted(name.removeprefix(queue_name("")) for name in names)
+
     def workers(self, timeout_s: float = 1.0, names: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
         """The workers that answer within ``timeout_s`` seconds, by name, with what their pools tell of themselves.
 
@@ -264,6 +277,11 @@ class Broker:
         except (OperationalError, BatchPublishError, redis.RedisError, OSError) as err:
             cause = err.__cause__ if isinstance(err.__cause__, redis.RedisError) else err
             uncertain = " (some of these jobs may have been accepted)" if isinstance(err, BatchPublishError) else ""
+            if _refused(err):  # three tracebacks of three libraries would say no more
+                raise BrokerUnavailable(
+                    f"no Redis at {self.address} (connection refused){uncertain}: start one with "
+                    "`nograd up --models FILE`, or name another with --redis URL or NOGRAD_REDIS_URL"
+                ) from None
             raise BrokerUnavailable(f"Redis at {self.address}: {cause or type(cause).__name__}{uncertain}") from err
 
     def _ping(self) -> None:
@@ -296,6 +314,13 @@ class Broker:
             return read_outcome(self.app.backend.decode(payload))
         except Exception as err:  # noqa: BLE001 - whatever is stored there, its waiters get an answer
             return Outcome(states.FAILURE, error=JobError(f"the stored result cannot be read: {err}"))
+
+
+def _refused(err: BaseException | None) -> bool:
+    """Whether nobody listens there: what lies at the bottom of an error of kombu or redis-py."""
+    while err is not None and not isinstance(err, ConnectionRefusedError):
+        err = err.__cause__ or err.__context__
+    return err is not None
 
 
 def address_of(url: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import itertools
 import re
 import time
@@ -16,6 +15,7 @@ import msgspec
 
 from nograd.tasks import Settings, app, create_app
 from nograd.tasks.errors import BackfillError, BrokerUnavailable, ConfigError, InvalidInput, NogradError, UnknownModel
+from nograd.tasks.hints import did_you_mean
 from nograd.tasks.keys import BULK, INTERACTIVE
 from nograd.tasks.modelfile import load_model_file
 from nograd.tasks.payloads import encode_input
@@ -154,7 +154,7 @@ class Client:
             except BrokerUnavailable as err:
                 # Of this chunk nobody knows which were accepted; to revoke one that was not does no harm.
                 revoked = self._revoke([job.id for job in jobs] + [message.id for message in messages])
-                raise BrokerUnavailable(_accepted(err, len(jobs), revoked=revoked)) from err
+                raise BrokerUnavailable(_accepted(err, len(jobs), revoked=revoked)) from err.__cause__
             jobs += [self.job(message.id, model) for message in messages]
         return jobs
 
@@ -451,9 +451,7 @@ def _cards_of_file(path: Path) -> dict[str, ModelCard]:
 def _unknown(model: str, known: list[str]) -> str:
     if not known:
         return f"unknown model {model!r}: no model file is given (NOGRAD_MODELS), and no worker has registered a model"
-    close = difflib.get_close_matches(model, known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"unknown model {model!r}.{hint} Known models: {', '.join(known)}"
+    return f"unknown model {model!r}.{did_you_mean(model, known)} Known models: {', '.join(known)}"
 
 
 def _check_many(inputs: Any) -> None:

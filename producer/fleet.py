@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from nograd.tasks.errors import BrokerUnavailable, ConfigError
+from nograd.tasks.hints import install
 from nograd.tasks.modelfile import load_model_file
 
 from .client import Client
@@ -28,7 +29,9 @@ FLOWER_PORT = 5555
 
 
 class Fleet:
-    """Starts Redis, the workers of this machine and Flower, in this order; stops them in the reverse one.
+    """Starts Redis, the workers of this machine and, when they are ready, Flower; stops them in the reverse order.
+
+    Flower asks workers for their queues as it starts, and not again: one that is not there yet would not be shown.
 
     Args:
         models: the model file.
@@ -71,7 +74,7 @@ class Fleet:
         return None if self.flower_port is None else f"http://{HOST}:{self.flower_port}"
 
     def start(self) -> Self:
-        """Start everything, and return without waiting for the models.
+        """Start Redis and the workers, and return without waiting for the models; `wait_ready` goes on.
 
         Raises:
             ConfigError: if something needed is not installed, or the model file is wrong.
@@ -86,8 +89,6 @@ class Fleet:
             self.url = self._open_redis(stack)
             self._started_at = time.time()
             self._spawn(stack, "worker", worker_command(self.models, self._worker_args), self._env)
-            if self.flower_port is not None:
-                self._spawn(stack, "flower", flower_command(self.flower_port))
             self._stack = stack.pop_all()
         return self
 
@@ -96,7 +97,7 @@ class Fleet:
         self._stack.close()
 
     def wait_ready(self, timeout_s: float | None = None) -> None:
-        """Wait until every model is loaded and Flower answers.
+        """Wait until every model is loaded; then start Flower, and wait until it answers.
 
         Args:
             timeout_s: seconds the models may take; None for ever (weights may have to be downloaded).
@@ -109,6 +110,7 @@ class Fleet:
             self._wait("worker", lambda: self._serves(client, names), timeout_s)
         port = self.flower_port
         if port is not None:
+            self._spawn(self._stack, "flower", flower_command(port))
             self._wait("flower", lambda: flower_answers(port), FLOWER_READY_TIMEOUT_S)
 
     def dead(self) -> Child | None:
@@ -189,7 +191,7 @@ def require_worker() -> None:
         ConfigError: if the extra is missing, saying how to install it.
     """
     if importlib.util.find_spec("torch") is None:
-        raise ConfigError("workers need torch and its family: pip install 'nograd[worker]'")
+        raise ConfigError(f"workers need torch and its family: {install('worker')}")
 
 
 def _require_free(port: int) -> None:
@@ -206,4 +208,4 @@ def require_flower() -> None:
         ConfigError: if it is not, saying how to install it.
     """
     if importlib.util.find_spec("flower") is None:
-        raise ConfigError("Flower is not installed: pip install 'nograd[flower]'")
+        raise ConfigError(f"Flower is not installed: {install('flower')}")

@@ -141,7 +141,8 @@ class Job:
         outcome = self.look()
         if outcome.ready:
             return outcome
-        text = f"no result after {max(timeout, 0):g} s: job {self.id} is {outcome.state}"
+        after = f"after {round(timeout, 2):g} s" if timeout > 0 else "yet"
+        text = f"no result {after}: job {self.id} is {outcome.state}"
         if outcome.state != states.PENDING:
             raise ResultTimeout(text)
         if self.model is None:

@@ -53,7 +53,8 @@ BULK_FROM: Final = 5
 
 
 #: kombu keeps one list per priority step; 0, the highest, has the queue's plain name
-PRIORITY_SUFFIXES: Final = ("", "\x06\x163", "\x06\x166", "\x06\x169")
+PRIORITY_SEPARATOR: Final = "\x06\x16"
+PRIORITY_SUFFIXES: Final = ("", *(f"{PRIORITY_SEPARATOR}{step}" for step in (3, 6, 9)))
 
 
 def queue_name(model: str) -> str:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, inspect
 
 from .errors import ModelFileError
+from .hints import did_you_mean
 
 #: What a model takes. ``rows``: one flat row of numbers per item; ``tensor``: an array of any rank per item;
 #: ``json``: whatever JSON holds, handed to the model's own ``prepare``.
@@ -236,6 +237,8 @@ class PythonSpec(ModelSpec, frozen=True, kw_only=True, tag="python"):
 
 AnySpec: TypeAlias = TorchvisionSpec | TransformersSpec | ModuleSpec | LightningSpec | ExportSpec | PythonSpec
 
+_LOADERS: dict[str, type[ModelSpec]] = {str(spec.__struct_config__.tag): spec for spec in get_args(AnySpec)}
+
 
 class ModelFile(msgspec.Struct, frozen=True):
     """A model file, read and checked.
@@ -292,13 +295,31 @@ def _explain(table: dict[str, Any], message: str) -> str:
     """Put key and value before msgspec's message, which ends in the place: ``… - at `$.batch.max_items```."""
     what, _, where = message.partition(" - at `$")
     keys = [key for key in where.rstrip("`").replace("[", ".[").split(".") if key]
-    if "unknown field" in what:
-        keys.append(what.rpartition("unknown field `")[2].rstrip("`"))
-        what = "unknown key"
-    elif "missing required field" in what:
+    if "missing required field" in what:
         keys.append(what.rpartition("field `")[2].rstrip("`"))
+        if keys == ["loader"]:
+            return f"loader: missing; expected one of {', '.join(_LOADERS)}"
         return f"{'.'.join(keys)}: missing; loader {table.get('loader', '')!r} needs it"
+    if "unknown field" in what:
+        known = [field.encode_name for kind in _kinds(table, keys) for field in getattr(kind, "fields", ())]
+        keys.append(what.rpartition("unknown field `")[2].rstrip("`"))
+        what = f"unknown key.{did_you_mean(keys[-1], known)}".rstrip(".")
     value: Any = table
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else value
+    if what.startswith("Invalid"):  # a value that is none of those there are
+        kinds = _kinds(table, keys)
+        choices = _LOADERS if keys == ["loader"] else [one for kind in kinds for one in getattr(kind, "values", ())]
+        what = f"expected one of {', '.join(choices)}.{did_you_mean(str(value), choices)}".rstrip(".")
     return f"{'.'.join(keys) or 'table'} = {value!r}: {what}"
+
+
+def _kinds(table: dict[str, Any], keys: list[str]) -> list[inspect.Type]:
+    """What may stand at this place of a table: the members of its type."""
+    spec = next((spec for name, spec in _LOADERS.items() if name == table.get("loader")), None)
+    kinds: list[inspect.Type] = [] if spec is None else [inspect.type_info(spec)]
+    for key in keys:
+        fields = [field for kind in kinds if isinstance(kind, inspect.StructType) for field in kind.fields]
+        types = [field.type for field in fields if field.encode_name == key]
+        kinds = [one for kind in types for one in (kind.types if isinstance(kind, inspect.UnionType) else (kind,))]
+    return kinds

@@ -28,7 +28,7 @@ from typing import Annotated, Any, Final
 import msgspec
 from celery import shared_task
 
-from .errors import ConfigError
+from .errors import ConfigError, JobError, UnknownModel
 from .keys import PREDICT_TASK
 
 #: seconds before a retryable error's first retry; doubles with each
@@ -60,6 +60,8 @@ traced_outcome: ContextVar[Outcome | None] = ContextVar("traced_outcome", defaul
     bind=True,
     max_retries=MAX_RETRIES,
     acks_late=True,
+    # Outcomes of jobs, not troubles of the worker: its log holds no traceback of them.
+    throws=(JobError, UnknownModel),
     typing=False,
     Request="nograd.tasks.request:Request",
 )

@@ -10,6 +10,8 @@ from typing import Any
 
 from celery.worker.control import control_command
 
+from .errors import ConfigError
+
 
 @control_command(args=[("model", str)], signature="<model>")  # type: ignore[untyped-decorator]
 def nograd_load(state: Any, model: str, reload: bool = False) -> dict[str, Any]:
@@ -27,4 +29,7 @@ def _change(state: Any, method: str, model: str, **options: Any) -> dict[str, An
     change = getattr(state.consumer.pool, method, None)
     if change is None:
         return {"error": "this worker does not run nograd's batch pool"}
-    return {"ok": change(model, state.consumer, **options)}
+    try:
+        return {"ok": change(model, state.consumer, **options)}
+    except ConfigError as err:  # nothing has begun
+        return {"error": err.message, "code": err.code}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 
 import torch
 
-from .resources import Resources
+from nograd.tasks.errors import ConfigError
+
+from .resources import GPUS, Resources
 
 
 def default_device() -> torch.device:
@@ -16,6 +19,20 @@ def default_device() -> torch.device:
     device is always the first.
     """
     return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+
+
+def require() -> None:
+    """See that a worker that was given a GPU by name has one: it must not run on the CPU unnoticed.
+
+    Raises:
+        ConfigError: if torch sees none.
+    """
+    asked = os.environ.get(GPUS)
+    if asked and not torch.cuda.is_available():
+        raise ConfigError(
+            f"--gpus {asked}: torch sees no CUDA device here (torch.cuda.is_available() is False); "
+            "--gpus none runs on the CPU"
+        )
 
 
 def configure(resources: Resources) -> None:

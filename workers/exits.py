@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Final
 
 #: the worker refuses its configuration; starting it again cannot help
@@ -16,5 +17,16 @@ _MEANINGS: Final = {EXIT_DEVICE: "its device is lost", EXIT_HUNG: "a model hung"
 
 
 def explain(code: int) -> str:
-    """An exit code in words."""
-    return f"{code} ({_MEANINGS[code]})" if code in _MEANINGS else str(code)
+    """How a process ended, in words, for ``worker on gpu0 …``."""
+    if code in _MEANINGS:
+        return f"ended with {code} ({_MEANINGS[code]})"
+    if code < 0:  # as `subprocess` counts: the number of a signal
+        return f"was killed by {_signal(-code)}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
+    return f"ended with {code}"
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a realtime signal
+        return f"signal {number}"

@@ -8,6 +8,7 @@
 Laws:
 
 * A model is ``ready`` from the moment its queue is consumed, and not before it is warm.
+* A name that the model file does not have, or a file that is wrong, is refused at once, and changes nothing.
 * One that cannot be loaded, or not within ``load_timeout_s``, is ``failed`` and says why; the worker and its other
   models go on, and answer meanwhile (`loading` has the small print).
 * No job is lost by an unload: those that wait here go back to the head of their queue, in order; those on the device
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nograd.tasks.errors import ConfigError, ModelFileError
+from nograd.tasks.hints import did_you_mean
 from nograd.tasks.modelfile import ModelFile
 
 from . import collector
@@ -127,10 +129,14 @@ class Hosting:
             name: as in the model file.
             queues: Celery's consumer.
             reload: also if it is here; then it is unloaded first.
+
+        Raises:
+            ModelFileError: if the model file is wrong or has no such model; then nothing has changed.
         """
         status = self._status(name)
         if status in ("loading", "unloading") or (status == "ready" and not reload):
             return status
+        self._table(name)  # a slip of the pen: said at once, and nothing is unloaded for it
         self._states[name] = State("loading")
         if status == "ready":
             queues.cancel(name, lambda: self._crew.submit(lambda: self._load(name, queues, first=self._unload)))
@@ -152,14 +158,19 @@ class Hosting:
         state = self._states.get(name)
         return "unloaded" if state is None else state.status
 
+    def _table(self, name: str) -> ModelFile:
+        """The model file as it is now, which has this model."""
+        file = self._read()
+        if name not in file.specs:
+            known = ", ".join(file.specs)
+            raise ModelFileError(f"{file.path}: no model {name!r}.{did_you_mean(name, file.specs)} It has {known}")
+        return file
+
     def _load(self, name: str, queues: Queues, first: Callable[[str], None] | None = None) -> None:
         try:
             if first is not None:
                 first(name)
-            file = self._read()
-            if name not in file.specs:
-                raise ModelFileError(f"{file.path}: no model {name!r}; it has {', '.join(file.specs)}")
-            self._engine.add(open_model(file, name)).result()
+            self._engine.add(open_model(self._table(name), name)).result()
             self._announce()
         except BaseException as err:  # noqa: BLE001 - a model's own code; the worker goes on without it
             error = err.message if isinstance(err, ConfigError) else f"{type(err).__name__}: {err}"

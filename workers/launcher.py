@@ -3,6 +3,7 @@
 Laws:
 
 * ``CUDA_VISIBLE_DEVICES`` is in a worker's environment before its interpreter starts, so before torch is imported.
+* A GPU that was asked for by name is used, or the launch ends with 2: no worker falls back to the CPU unnoticed.
 * Every worker has a node name of its own: Celery and Flower merge workers that share one.
 * A worker that ends by itself (`exits` has its codes) is started again, after a pause that doubles while it keeps
   dying. One that refuses its configuration (exit code 2) is not: starting it again cannot help, and the whole launch
@@ -34,7 +35,7 @@ from nograd.tasks.lifeline import end_with_parent
 from nograd.tasks.modelfile import load_model_file
 
 from .exits import EXIT_CONFIG, explain
-from .resources import MEMORY_BUDGET, read_size, share_of_cores
+from .resources import GPUS, MEMORY_BUDGET, read_size, share_of_cores
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +142,7 @@ def run(
         "NOGRAD_MODELS": str(models),
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # so that indices are those nvidia-smi shows
     }
+    env[GPUS] = gpus if gpus not in ("all", "none") else ""
     if memory_budget is not None:
         env[MEMORY_BUDGET] = str(read_size(memory_budget, "--memory-budget"))
     args = list(celery_args)
@@ -180,7 +182,7 @@ def _supervise(workers: list[_Worker], stopping: threading.Event) -> int:
                     return 0
                 continue
             logger.warning(
-                "worker on %s ended with %s; starting again in %.0f s",
+                "worker on %s %s; starting again in %.0f s",
                 _name(worker.gpu), explain(code), worker.died(now),
             )  # fmt: skip
     return 0

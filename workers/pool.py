@@ -142,6 +142,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         """Load the models of the queues this worker consumes, then make them known."""
         try:
             resources = Resources.from_env()
+            device.require()
             device.configure(resources)
             file = _model_file()
             books = self._books()

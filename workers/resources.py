@@ -28,6 +28,9 @@ THREADS, OMP_THREADS, MEMORY_BUDGET, TF32 = (
     "NOGRAD_THREADS", "OMP_NUM_THREADS", "NOGRAD_MEMORY_BUDGET", "NOGRAD_TF32",
 )  # fmt: skip
 
+#: what `nograd worker --gpus` was given, if it names devices: set by the launcher for its workers
+GPUS = "NOGRAD_GPUS"
+
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{suffix}": base ** (power + 1)
     for power, prefix in enumerate("KMGT")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from nograd.tasks.settings import check_redis_url
 
 if TYPE_CHECKING:
     from nograd.tasks.timings import Timings
+
+#: columns of a table that no terminal shows
+PIPE_COLUMNS = 10_000
 
 OK, FAILED, USAGE, CANCELLED = 0, 1, 2, 4
 
@@ -61,7 +65,8 @@ class Run:
         elif isinstance(text, str):
             click.echo(text)
         else:
-            Console().print(text)
+            # What reads a pipe wants whole names, however long a line gets.
+            Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS).print(text)
 
     def complain(self, text: str) -> None:
         """One line on stderr."""

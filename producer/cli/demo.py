@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -57,7 +60,7 @@ def demo(run: Run, *, examples: Path | None, port: int | None, keep: bool) -> in
                 code = _classify_digits(run, console, client, found, Path(folder)) or code
             code = _show_flower(console, fleet, port, keep=keep) or code
             if keep:
-                _stay(console, fleet)
+                _stay(console, fleet, found)
     console.print("Everything that was started is stopped.")
     return code
 
@@ -155,10 +158,15 @@ def _cell(text: str) -> str:
     return escape(line if len(line) <= CELL else line[: CELL - 1] + "…")
 
 
-def _stay(console: Console, fleet: Fleet) -> None:
-    console.print(
-        f"It stays up until Ctrl-C. For other terminals:\n  export NOGRAD_REDIS_URL='{fleet.url}'", soft_wrap=True
-    )
+def _stay(console: Console, fleet: Fleet, examples: Examples) -> None:
+    activate = Path(sys.executable).with_name("activate")
+    lines = [
+        "It stays up until Ctrl-C. In another terminal:",
+        *([f"  . {shlex.quote(str(activate))}"] if shutil.which("nograd") is None and activate.exists() else []),
+        f"  export NOGRAD_REDIS_URL='{fleet.url}'",
+        f"  nograd submit photos {shlex.quote(str(examples.folder / 'inputs' / 'flower.jpg'))} --wait",
+    ]
+    console.print(escape("\n".join(lines)), soft_wrap=True)
     try:
         while fleet.dead() is None:
             time.sleep(0.5)

@@ -11,11 +11,14 @@ from typing import Any
 import click
 from celery.utils.nodenames import gethostname
 from rich.console import Group
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 
 from nograd.producer.client import Client
 from nograd.producer.fleet import FLOWER_PORT, Fleet, flower_command, require_flower, require_worker
 from nograd.producer.processes import stopping_on_sigterm
+from nograd.tasks.hints import did_you_mean
+from nograd.tasks.modelfile import load_model_file
 
 from .common import FAILED, OK, Run, command
 
@@ -77,8 +80,7 @@ def up(run: Run, *, gpus: str, concurrency: int | None, port: int, flower: bool,
     with stopping_on_sigterm(), fleet:
         with contextlib.suppress(KeyboardInterrupt):
             fleet.wait_ready()
-            text = f"export NOGRAD_REDIS_URL='{fleet.url}'" + (f"\n# Flower: {fleet.flower_url}" if flower else "")
-            run.emit({"redis_url": fleet.url, "flower": fleet.flower_url}, text)
+            run.emit({"redis_url": fleet.url, "flower": fleet.flower_url}, _invitation(fleet))
             return _stay(run, fleet)
         return 0
 
@@ -111,7 +113,7 @@ def status(run: Run, *, timeout: float, ready: bool, model: str | None, here: bo
     if ready:
         return _ready(run, timeout, model, here=here)
     with run.client() as client:
-        names = list(client.models())
+        names = dict.fromkeys([*client.models(), *client.broker.queued()])
         waiting = client.broker.waiting(names)
         workers = _workers(client, timeout, here=here)
         address = client.broker.address
@@ -123,17 +125,19 @@ def status(run: Run, *, timeout: float, ready: bool, model: str | None, here: bo
         ],
         "models": {name: {"waiting": count} for name, count in waiting.items()},
     }
-    queues = Table("model", "messages waiting")
+    queues = Table(Column("model", overflow="fold"), "messages waiting")
     for name, count in waiting.items():
         queues.add_row(name, f"{count:,}")
-    up = Table("worker", "device", "inputs in its pool", "models")
+    up = Table(Column("worker", overflow="fold"), "device", "inputs in its pool", "models")
     for name, pool in workers.items():
         hosted = ", ".join(
             model if state["status"] == "ready" else f"{model} ({state['status']})"
             for model, state in pool.get("hosting", {}).items()
         )
         up.add_row(name, *(str(pool.get(key, "?")) for key in ("device", "waiting_items")), hosted)
-    run.emit(document, Group(f"Redis at {address}, {len(workers)} worker{'s' * (len(workers) != 1)} up", queues, up))
+    running = f"{len(workers)} worker{'s' * (len(workers) != 1)} up"
+    failed = [escape(trouble) for trouble in _troubles(workers, "failed")]
+    run.emit(document, Group(f"Redis at {address}, {running}", queues, up, *failed))
     return 0
 
 
@@ -141,18 +145,62 @@ def _ready(run: Run, timeout: float, model: str | None, *, here: bool) -> int:
     """For probes: whether there is a worker, and all of them are ready, or one has the model."""
     with run.client() as client:
         workers = _workers(client, timeout, here=here)
+    reason = _why_not(workers, model, here=here)
+    document = {"ready": reason is None, "workers": sorted(workers), **({"reason": reason} if reason else {})}
+    run.emit(document, "ready" if reason is None else f"not ready: {reason}")
+    return OK if reason is None else FAILED
+
+
+def _why_not(workers: dict[str, dict[str, Any]], model: str | None, *, here: bool) -> str | None:
+    """Why they are not ready, or none of them has the model ready; None if it is well."""
+    if not workers:
+        return "no worker of this host answers" if here else "no worker answers"
     if model is None:
-        ready = bool(workers) and all(pool.get("ready") for pool in workers.values())
-    else:
-        states = [pool.get("hosting", {}).get(model, {}) for pool in workers.values()]
-        ready = any(state.get("status") == "ready" for state in states)
-    run.emit({"ready": ready, "workers": sorted(workers)}, "ready" if ready else "not ready")
-    return OK if ready else FAILED
+        if all(pool.get("ready") for pool in workers.values()):
+            return None
+        silent = [f"{node} does not tell of any model" for node, pool in workers.items() if "ready" not in pool]
+        return "; ".join([*_troubles(workers, "failed", "loading", "unloading"), *silent])
+    hosted = {name: pool["hosting"][model] for name, pool in workers.items() if model in pool.get("hosting", {})}
+    if any(state["status"] == "ready" for state in hosted.values()):
+        return None
+    if not hosted:
+        known = {name for pool in workers.values() for name in pool.get("hosting", {})}
+        return f"no worker has {model!r}.{did_you_mean(model, known)} They have {', '.join(sorted(known)) or 'none'}"
+    return "; ".join(_describe(model, node, state) for node, state in hosted.items())
+
+
+def _troubles(workers: dict[str, dict[str, Any]], *statuses: str) -> list[str]:
+    """A line for each model that stands like this in a worker."""
+    return [
+        _describe(model, node, state)
+        for node, pool in workers.items()
+        for model, state in pool.get("hosting", {}).items()
+        if state["status"] in statuses
+    ]
+
+
+def _describe(model: str, node: str, state: dict[str, Any]) -> str:
+    if state["status"] == "failed":
+        return f"{model} failed on {node}: {state.get('error')}"
+    return f"{model} is {state['status']} on {node}"
 
 
 def _workers(client: Client, timeout: float, *, here: bool) -> dict[str, dict[str, Any]]:
     suffix = f"@{gethostname()}" if here else ""  # Celery's own, as in %h
     return {name: pool for name, pool in client.broker.workers(timeout).items() if name.endswith(suffix)}
+
+
+def _invitation(fleet: Fleet) -> str:
+    """How other terminals get at the fleet: lines of a shell."""
+    name, spec = next(iter(load_model_file(fleet.models).specs.items()))
+    value = {"image": "IMAGE.jpg", "text": "'A TEXT'"}.get(spec.kind, "JSON")
+    lines = [
+        *(["# Flower: " + fleet.flower_url] if fleet.flower_url else []),
+        "# Ready. In another terminal:",
+        f"export NOGRAD_REDIS_URL='{fleet.url}'",
+        f"nograd submit {name} {value} --wait",
+    ]
+    return "\n".join(lines)
 
 
 def _stay(run: Run, fleet: Fleet) -> int:

@@ -111,7 +111,8 @@ def _print_results(run: Run, jobs: Iterable[Job], timeout: float | None, names: 
         try:
             outcome = job.wait(None if deadline is None else max(0, deadline - time.monotonic()))
         except ResultTimeout as err:
-            outcome = Outcome(states.PENDING, error=err)
+            hint = "; --wait waits for it" if timeout == 0 else ""
+            outcome = Outcome(states.PENDING, error=ResultTimeout(err.message + hint))
         spent = outcome.timings
         if spent is not None:
             document["timings"] = msgspec.to_builtins(spent)
@@ -146,4 +147,7 @@ def _parse(index: int, word: str, kind: InputKind) -> Any:
     except OSError as err:
         raise InvalidInput(f"input {index}: {word[1:]}: cannot read the file: {err.strerror or err}") from err
     except ValueError as err:
-        raise InvalidInput(f"input {index}: the model takes {kind}; {word[:40]!r} is not JSON: {err}") from err
+        raise InvalidInput(
+            f"input {index}: the model takes {kind}; {word[:40]!r} is not JSON: {err}; "
+            "e.g. '[32.1, 101.0]', quoted for the shell"
+        ) from err

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 import msgspec
-from rich.table import Table
+from rich.table import Column, Table
 
 from nograd.producer.client import Client
 from nograd.tasks.errors import ConfigError, ModelFileError
@@ -28,7 +28,8 @@ def _list(run: Run) -> int:
     """List the models that are known: those of the model file and those workers have registered."""
     with run.client() as client:
         cards = client.models()
-    table = Table("model", "loader", "input", "queue", "batch", "version", "seen")
+    name, queue = (Column(heading, overflow="fold") for heading in ("model", "queue"))
+    table = Table(name, "loader", "input", queue, "batch", "version", "seen")
     for card in cards.values():
         seen = f"{time.time() - card.seen_at:.0f} s ago" if card.seen_at else "in the file only"
         table.add_row(card.name, card.loader, card.input, card.queue, str(card.max_items), card.version, seen)
@@ -91,7 +92,8 @@ def _change(  # noqa: PLR0917 - one caller for each command
             raise ConfigError(f"no worker answers{f' to {worker}' if worker else ''}; nograd status shows who is up")
         for node, reply in replies.items():
             if "ok" not in reply:
-                raise ConfigError(f"{node}: {reply.get('error', reply)}")
+                kind = ModelFileError if reply.get("code") == ModelFileError.code else ConfigError
+                raise kind(f"{node}: {reply.get('error', reply)}")
         states = _wait(client, name, list(replies), timeout)
     failed = {node: state for node, state in states.items() if state["status"] == "failed"}
     for node, state in failed.items():

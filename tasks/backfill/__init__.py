@@ -8,5 +8,5 @@ At-least-once execution and idempotent commits that never replace one another gi
 3. `commit.commit` makes them part of the output, unless another attempt was first.
 4. `progress` tells how far it is from the commit records alone; `finalize` closes the output; `verify` checks it.
 
-The base install has none of the libraries this needs: ``pip install 'nograd[backfill]'``.
+The base install has none of the libraries this needs: ``pip install '.[backfill]'``.
 """

@@ -10,6 +10,7 @@ import importlib
 from typing import Any
 
 from nograd.tasks.errors import MissingExtra
+from nograd.tasks.hints import install
 
 
 class _Lazy:
@@ -22,9 +23,7 @@ class _Lazy:
         try:
             module = importlib.import_module(self._name)
         except ImportError as err:
-            raise MissingExtra(
-                f"a backfill needs {self._name.split('.')[0]}: pip install 'nograd[backfill]' ({err})"
-            ) from err
+            raise MissingExtra(f"a backfill needs {self._name.split('.')[0]}: {install('backfill')} ({err})") from err
         value = getattr(module, attribute)
         setattr(self, attribute, value)
         return value

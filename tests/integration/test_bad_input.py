@@ -9,7 +9,7 @@ from PIL import Image
 import seed_data
 from nograd.producer import Client
 from nograd.tasks.errors import InvalidInput, JobError, ResultTimeout, UnknownModel
-from waiting import PATIENCE_S
+from waiting import PATIENCE_S, until
 
 INPUTS = seed_data.EXAMPLES / "inputs"
 DIGIT = seed_data.example_inputs()["digits"][0]
@@ -103,3 +103,13 @@ def test_a_job_waits_while_no_worker_serves_its_queue_and_runs_when_one_comes(re
             job.result(0.5)
         start_worker(tmp_path / "models.toml", cwd=folder)
         assert job.result(PATIENCE_S) == client.submit("late", ROW).result(PATIENCE_S)
+
+
+def test_a_worker_s_log_says_of_a_failed_job_one_line_without_a_traceback(client, worker):
+    job = client.submit("regression", [1.0, 2.0])
+    with pytest.raises(InvalidInput):
+        job.result(PATIENCE_S)
+    said = until(lambda: [line for line in worker.text().splitlines() if f"{job.id}] raised" in line], worker.text)
+    assert len(said) == 1
+    assert "raised expected: InvalidInput(" in said[0]
+    assert "Traceback" not in worker.text()

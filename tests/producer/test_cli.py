@@ -106,7 +106,12 @@ def test_a_job_without_an_outcome_is_exit_code_1(served_url):
     done = nograd("result", "nobody-sent-this", "--json", url=served_url)
     assert done.code == 1
     assert done.document["error"]["code"] == "result_timeout"
-    assert nograd("result", "nobody-sent-this", "--timeout", "0.3", url=served_url).code == 1
+    assert done.err.startswith("nograd: no result yet: job nobody-sent-this is PENDING")
+    assert done.err.endswith("; --wait waits for it\n")
+    waited = nograd("result", "nobody-sent-this", "--timeout", "0.3", url=served_url)
+    assert waited.code == 1
+    assert waited.err.startswith("nograd: no result after 0.3 s: job nobody-sent-this is PENDING")
+    assert "--wait" not in waited.err
 
 
 def test_a_cancelled_job_is_exit_code_4(served_url, served, busy, revoked):
@@ -125,6 +130,7 @@ def test_a_cancelled_job_is_exit_code_4(served_url, served, busy, revoked):
     [
         (["image", "absent.png"], "absent.png: cannot read the file"),
         (["total", "[1"], "is not JSON"),
+        (["total", "32.1, 101.0"], "e.g. '[32.1, 101.0]', quoted for the shell"),
         (["total", "@absent.json"], "absent.json: cannot read the file"),
         (["echo", "1", "--timeout", "soon"], "not a valid float"),
         (["echo"], "Missing argument"),
@@ -154,7 +160,10 @@ def test_an_unknown_model_is_exit_code_2_listing_the_known_ones(served_url):
 def test_without_redis_every_command_is_exit_code_2_within_seconds(words):
     done = nograd(*words, "--json", "--redis", "redis://:secret@127.0.0.1:1/0", timeout=60)
     assert (done.code, done.document["error"]["code"]) == (2, "broker_unavailable")
-    assert done.err.startswith("nograd: Redis at 127.0.0.1:1: ")
+    assert done.err == (
+        "nograd: no Redis at 127.0.0.1:1 (connection refused): start one with `nograd up --models FILE`, "
+        "or name another with --redis URL or NOGRAD_REDIS_URL\n"
+    )
     assert done.err.count("\n") == 1
     assert "secret" not in done.err + done.out
 
@@ -181,7 +190,7 @@ def test_without_the_worker_extra_the_error_says_how_to_install_it(capsys, monke
     (tmp_path / "models.toml").write_text("")
     for words, extra in ((["worker", "--models", "models.toml"], "worker"), (["flower"], "flower")):
         assert cli.run(words) == 2
-        assert f"pip install 'nograd[{extra}]'" in capsys.readouterr().err
+        assert f"pip install '.[{extra}]' in a checkout" in capsys.readouterr().err
 
 
 def test_a_usage_error_is_json_for_programs():
@@ -232,6 +241,29 @@ def test_models_lists_what_workers_registered(served_url):
     assert "nograd.total" in nograd("models", url=served_url).out
 
 
+def test_a_pipe_gets_whole_names(redis_url, tmp_path):
+    name = "a_model_whose_name_is_far_longer_than_a_line_of_a_terminal_is_wide_in_the_most_common_case"
+    (tmp_path / "m.toml").write_text(f'[{name}]\nloader = "python"\nclass = "nowhere:Model"\n')
+    assert f" nograd.{name} " in nograd("models", "--models", tmp_path / "m.toml", url=redis_url).out
+
+
+def test_status_shows_what_waits_for_models_nobody_has_registered(redis_url, tmp_path):
+    (tmp_path / "m.toml").write_text('[unheard]\nloader = "python"\nclass = "nowhere:Model"\n')
+    for priority in ("bulk", "interactive"):
+        sent = nograd(
+            "submit", "unheard", "1", "2", "--priority", priority, "--models", tmp_path / "m.toml", url=redis_url
+        )
+        assert sent.code == 0, sent.err
+    done = nograd("status", "--timeout", "0.2", "--json", url=redis_url)
+    assert done.document["models"]["unheard"] == {"waiting": 4}
+    assert "unheard" in nograd("status", "--timeout", "0.2", url=redis_url).out
+
+
+def test_whoever_asks_whether_workers_are_ready_hears_why_not(redis_url):
+    done = nograd("status", "--ready", "--timeout", "0.2", url=redis_url)
+    assert (done.code, done.out) == (1, "not ready: no worker answers\n")
+
+
 def test_models_lists_a_model_file_too(redis_url, tmp_path):
     (tmp_path / "m.toml").write_text('[mine]\nloader = "python"\nclass = "nowhere:Model"\n')
     done = nograd("models", "--models", tmp_path / "m.toml", "--json", url=redis_url)
@@ -246,7 +278,7 @@ def test_status_shows_workers_and_queues(served_url, redis_url, register):
         register(client, echo="json")
         client.submit_many("echo", [1, 2, 3])
     done = nograd("status", "--timeout", "0.2", "--json", url=redis_url)
-    assert (done.document["workers"], done.document["models"]) == ([], {"echo": {"waiting": 3}})
+    assert (done.document["workers"], done.document["models"]["echo"]) == ([], {"waiting": 3})
 
 
 def test_every_command_speaks_json():

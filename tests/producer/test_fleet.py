@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -110,6 +112,27 @@ def test_up_serves_and_leaves_nothing_however_it_ends(models, tmp_path, number):
         code = up.wait(PATIENCE_S)
         assert remaining(below) == [], log.read_text()
         assert code == (-signal.SIGKILL if number == signal.SIGKILL else 0)
+
+
+def test_up_says_last_how_to_get_at_it_and_its_flower_knows_the_queues(models, tmp_path):
+    log, port = tmp_path / "up.log", free_port()
+    with started("up", "--models", models, "--port", port, "--gpus", "none", log=log) as up:
+        said = [up.stdout.readline().decode().rstrip("\n") for _ in range(4)]
+        assert said[0] == f"# Flower: http://127.0.0.1:{port}", log.read_text()
+        url = re.fullmatch(r"export NOGRAD_REDIS_URL='(redis://\S+)'", said[2])[1]
+        *words, value, wait = shlex.split(said[3])
+        assert (words, value, wait) == (["nograd", "submit", "double"], "JSON", "--wait")
+        answer = subprocess.run(
+            [NOGRAD, *words[1:], "21", wait, "--redis", url], capture_output=True, text=True, check=True
+        )
+        assert answer.stdout == "42.0\n"
+        until(lambda: "nograd.double" in page(port, "/broker"), log.read_text)
+        assert "Inspect method" not in log.read_text()
+
+
+def page(port, path):
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}") as answer:
+        return answer.read().decode()
 
 
 def test_up_ends_when_one_of_its_processes_does(models, tmp_path, monkeypatch, capsys):

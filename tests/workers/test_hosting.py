@@ -89,6 +89,11 @@ class Fleet:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT)
         return done.returncode, json.loads(done.stdout) if done.stdout else None
 
+    def shown(self, *words):
+        """What a person sees."""
+        command = [sys.executable, "-m", "nograd.producer.cli", *words, "--redis", self.url]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT).stdout
+
     def state(self, model):
         """How a model stands in the worker."""
         [worker] = until(lambda: [each for each in self.status() if each["name"] == self.worker.name])
@@ -213,17 +218,36 @@ def test_a_job_that_comes_when_its_model_has_gone_goes_back_to_its_queue(fleet, 
 def test_a_model_that_cannot_be_loaded_says_why_and_the_worker_goes_on(fleet, client, traffic):
     fleet.start()
     fleet.file.write_text(STEADY + slow("extra", 10) + '[broken]\nloader = "python"\nclass = "hosted_models:Broken"\n')
-    for name, why in (("broken", "load() raised OSError: no licence"), ("nobody", "no model 'nobody'; it has steady")):
-        code, said = fleet.nograd("models", "load", name)
-        assert code == 2
-        assert said["error"]["type"] == "ModelFileError"
-        assert why in said["error"]["message"]
+    code, said = fleet.nograd("models", "load", "broken")
+    assert (code, said["error"]["type"]) == (2, "ModelFileError")
+    assert "load() raised OSError: no licence" in said["error"]["message"]
+    why = f"broken failed on {fleet.worker.name}: {fleet.state('broken')['error']}"
+    for words in ((), ("--model", "broken")):
+        until(lambda: fleet.nograd(*READY, *words)[1].get("reason") == why)  # noqa: B023
     assert not fleet.ready()
-    fleet.file.write_text("not toml")
-    assert "not valid TOML" in fleet.nograd("models", "load", "extra")[1]["error"]["message"]
-    for name in ("broken", "nobody", "extra"):
-        assert fleet.nograd("models", "unload", name)[0] == 0
+    until(lambda: why in fleet.shown("status", "--timeout", "1"))
+    unknown = until(lambda: [said for _, said in [fleet.nograd(*READY, "--model", "stedy")] if said["workers"]])
+    assert unknown[0]["reason"] == "no worker has 'stedy'. Did you mean 'steady'? They have broken, steady"
+    assert fleet.nograd("models", "unload", "broken")[0] == 0
     until(fleet.ready)
+    assert traffic() > 0
+
+
+def test_a_name_the_model_file_does_not_have_is_refused_and_the_worker_stays_as_it_is(fleet, client, traffic):
+    fleet.start()
+    for text, name, why in (
+        (STEADY, "steddy", "no model 'steddy'. Did you mean 'steady'? It has steady"),
+        (slow("extra", 10), "nobody", "no model 'nobody'. It has extra"),
+        ("not toml", "steady", "not valid TOML"),  # what is loaded is not unloaded for it
+    ):
+        fleet.file.write_text(text)
+        code, said = fleet.nograd("models", "load", name, "--reload")
+        assert (code, said["error"]["type"]) == (2, "ModelFileError")
+        assert why in said["error"]["message"]
+    [worker] = until(fleet.status)
+    assert {name: state["status"] for name, state in worker["models"].items()} == {"steady": "ready"}
+    until(fleet.ready)
+    assert client.submit("steady", 4).result(TIMEOUT) == 8
     assert traffic() > 0
 
 
@@ -294,7 +318,8 @@ def test_a_worker_is_alive_before_a_model_is_ready(fleet, client):
     until(fleet.ready)
     code, said = fleet.nograd("models", "load", "extra", "--timeout", "0")
     assert (code, said["workers"][fleet.worker.name]["status"]) == (1, "loading")
-    until(lambda: fleet.nograd(*READY) == (1, {"ready": False, "workers": [fleet.worker.name]}))
+    why = f"extra is loading on {fleet.worker.name}"
+    until(lambda: fleet.nograd(*READY) == (1, {"ready": False, "workers": [fleet.worker.name], "reason": why}))
     assert not fleet.ready("--model", "extra")
     until(lambda: fleet.ready("--model", "steady"))
     assert client.broker.answers()

@@ -30,6 +30,8 @@ class Doubler:
 class Threads(Doubler):
     def forward(self, batch): return [torch.get_num_threads() for _ in batch]
 """
+#: what makes ``--gpus all`` start two workers; without these GPUs they use the CPU
+TWO = {"CUDA_VISIBLE_DEVICES": "0,1"}
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's help is Linux only")
 
 
@@ -172,7 +174,7 @@ def launch(models, redis_url, tmp_path_factory):
 @pytest.fixture(scope="module")
 def pair(launch):
     """Two workers; on a machine without these GPUs they use the CPU, which changes nothing here."""
-    with launch("0,1") as launched:
+    with launch("all", env=TWO) as launched:
         yield launched.until_ready(2)
 
 
@@ -222,7 +224,7 @@ def test_only_a_model_of_the_file_can_be_asked_for(launch):
 
 
 def test_every_worker_has_a_name_of_its_own_also_beside_those_of_another_launcher(pair, launch, redis_url):
-    with launch("0") as other, Client(redis_url) as client:
+    with launch("all", env={"CUDA_VISIBLE_DEVICES": "0"}) as other, Client(redis_url) as client:
         other.until_ready()
         until(lambda: len(client.broker.workers(timeout_s=1)) == 3)
 
@@ -236,7 +238,8 @@ def test_a_killed_worker_is_started_again_after_a_pause_that_grows(launch, redis
         os.kill(second, signal.SIGKILL)
         launched.another_worker(than=[first, second])
         assert time.monotonic() - died > 1.5
-        assert re.findall(r"ended with -9; starting again in (\d+) s", launched.text()) == ["1", "2"]
+        said = re.findall(r"cpu was killed by SIGKILL \(out of memory\?\); starting again in (\d+) s", launched.text())
+        assert said == ["1", "2"]
         launched.until_ready()
         assert client.submit("double", 21).result(PATIENCE_S) == 42
 
@@ -266,8 +269,16 @@ def test_a_worker_that_refuses_its_models_is_not_started_again_and_ends_the_laun
         assert "starting again" not in launched.text()
 
 
+def test_a_gpu_that_was_asked_for_and_is_not_there_ends_the_launch(launch):
+    with launch("7777") as launched:  # also where there are GPUs, not so many
+        assert launched.process.wait(PATIENCE_S) == launcher.EXIT_CONFIG, launched.text()
+        assert "the worker does not start: --gpus 7777: torch sees no CUDA device here" in launched.text()
+        assert "--gpus none runs on the CPU" in launched.text()
+        assert "starting again" not in launched.text()
+
+
 def test_sigterm_ends_every_worker_and_gives_0(launch):
-    with launch("0,1") as launched:
+    with launch("all", env=TWO) as launched:
         launched.until_ready(2)
         workers = launched.workers()
         assert len(workers) == 2

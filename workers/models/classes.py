@@ -22,7 +22,8 @@ def import_object(model: HostedModel, key: str, target: str) -> Any:
     """
     module_name, colon, name = target.partition(":")
     if not (module_name and colon and name):
-        raise model.error(key, target, "expected package.module:Name")
+        dotted = "" if colon or "." not in target else f". Did you mean {':'.join(target.rsplit('.', 1))!r}?"
+        raise model.error(key, target, f"expected package.module:Name{dotted}")
     _put_on_path(model.file.parent, Path.cwd())
     try:
         module = import_module(module_name)

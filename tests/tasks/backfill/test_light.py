@@ -26,4 +26,4 @@ def test_a_library_that_is_not_installed_is_named_with_its_extra(tmp_path, name)
     code = CODE.format(name=name, source=str(tmp_path / "in.csv"))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"a backfill needs {name}: pip install 'nograd[backfill]'")
+    assert done.stdout.startswith(f"a backfill needs {name}: pip install '.[backfill]'")

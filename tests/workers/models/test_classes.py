@@ -36,6 +36,7 @@ def test_classes_are_found_in_the_working_directory(hosted, predict, tmp_path, m
     ("target", "why"),
     [
         ("no_colon", "expected package.module:Name"),
+        ("package.module.Model", "expected package.module:Name. Did you mean 'package.module:Model'?"),
         (":Model", "expected package.module:Name"),
         ("no.such.module:Model", "cannot import no.such.module: ModuleNotFoundError: No module named 'no'"),
         ("json:Model", "has no Model"),
