@@ -22,7 +22,7 @@ import msgspec
 from nograd.tasks.backfill import commit, fingerprint, layout, state
 from nograd.tasks.backfill import plan as plans
 from nograd.tasks.backfill.budget import OVER_BUDGET, allowed_failures, parse_budget
-from nograd.tasks.backfill.failures import Cluster, clusters
+from nograd.tasks.backfill.failures import Cluster, clusters, failures
 from nograd.tasks.backfill.finalize import finalize
 from nograd.tasks.backfill.plan import Job, Plan
 from nograd.tasks.backfill.progress import Progress
@@ -332,6 +332,11 @@ class Backfill:
     def errors(self) -> list[Cluster]:
         """The rows that have failed and that no retry has mended, by what went wrong, the most frequent first."""
         return clusters(remaining(self.job).values())
+
+    def worth_retrying(self) -> bool:
+        """Whether a retry may mend some row: one that cannot be read stays as it is, for the inputs must."""
+        found = remaining(self.job).values() if len(self._stages.look()) > 1 else failures(self.job)
+        return any(why.stage != "read" for why in found)
 
     def parts(self) -> list[str]:
         """The folders that hold predictions, each readable as one dataset, also while it runs."""

@@ -11,6 +11,8 @@ import click
 import msgspec
 from rich.table import Table
 
+from nograd.tasks.errors import PlanChanged
+
 from .common import FAILED, Run, command, parse_object
 from .progress import Display, describe, duration, percent, size, span
 
@@ -236,7 +238,10 @@ def verify(run: Run, *, out: str, ids: bool) -> int:
     Exit code 1 if all is right so far, but chunks are missing.
     """
     with run.client() as client:
-        report = client.backfill_at(out).verify(ids=ids)
+        try:
+            report = client.backfill_at(out).verify(ids=ids)
+        except PlanChanged as err:
+            raise PlanChanged(f"{err.message}; --no-ids checks the output without the inputs") from err
     whole = report.chunks == report.planned
     document = {**msgspec.to_builtins(report), "ok": whole and not report.problems}
     counted = (
@@ -311,10 +316,12 @@ def _stay(run: Run, job: Backfill, *, detach: bool) -> int:
     failed = now.progress.rows_err
     text = f"{now.progress.rows_ok:,} predictions in {now.out}/parts, {failed:,} failed rows; "
     text += f"watched for {duration(time.monotonic() - began)}"
-    run.emit(
-        now.as_json(),
-        text + (f"\n`nograd backfill errors {now.out}` shows why, `retry` runs them again" if failed else ""),
-    )
+    if failed:
+        mend = (
+            "`retry` runs them again" if job.worth_retrying() else "mended inputs need a new run, into another folder"
+        )
+        text += f"\n`nograd backfill errors {now.out}` shows why, {mend}"
+    run.emit(now.as_json(), text)
     return FAILED if failed else OK
 
 

@@ -87,13 +87,25 @@ def check(job: Job, *, model: ModelIdentity | None = None, parameters: Mapping[s
         SourceError: if the inputs cannot be listed.
     """
     found = input_changes(job)
+    way_out = f"; {_way_out(job)}" if found else ""
     if model is not None:
         found.extend(model_changes(job.plan.model, model))
     if parameters is not None:
         found.extend(parameter_changes(job.plan.parameters, parameters))
     if found:
         more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-        raise PlanChanged(f"{job.store.url} cannot be resumed: {'; '.join(found[:_NAMED])}{more}")
+        raise PlanChanged(f"{job.store.url} cannot be resumed: {'; '.join(found[:_NAMED])}{more}{way_out}")
+
+
+def _way_out(job: Job) -> str:
+    """What to do when inputs have changed."""
+    if job.plan.source.content:
+        put_back = "restore the inputs"
+    else:
+        put_back = (
+            "restore the inputs with their dates (cp -p), or plan with --content, which tells files by their bytes"
+        )
+    return f"{put_back}; inputs that were mended need a new run, into another folder"
 
 
 def _short(text: str | None) -> str:

@@ -32,7 +32,7 @@ import backfills
 from crashes import Moments, read_folder
 from nograd.producer import Client
 from nograd.tasks.backfill.task import hints_of
-from nograd.tasks.errors import SourceError
+from nograd.tasks.errors import BackfillError, SourceError
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -168,8 +168,17 @@ def test_csv_with_quoted_newlines_and_a_row_of_text_among_numbers(client, tmp_pa
         "prediction": [n + 2 * n / 2 - 3 * n + 4 for n in good],
     }
     (failed,) = backfills.errors(job.job)
-    assert (failed["id"], failed["stage"], failed["message"]) == ("k57", "read", "column 'b': 'oops' is no double")
+    assert (failed["id"], failed["stage"], failed["message"]) == ("k57", "read", "column 'b': 'oops' is not a number")
     assert job.verify().problems == []
+
+
+def test_a_sample_that_fails_for_one_reason_says_it_once(client, tmp_path):
+    (tmp_path / "in.csv").write_text("key,a,b\n" + "".join(f"k{n},{n},1\n" for n in range(100)))
+    with pytest.raises(BackfillError) as failed:
+        client.backfill("linear", tmp_path / "in.csv", tmp_path / "out", id="key").plan()
+    assert re.search(r"got a prediction: k0 and 99 others: .*2 values", failed.value.message)
+    assert failed.value.message.count("values") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_files_without_rows_are_refused_by_name_and_cost_nothing_among_others(client, tmp_path):

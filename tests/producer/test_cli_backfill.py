@@ -164,6 +164,18 @@ def test_ctrl_c_while_it_plans_says_that_nothing_has_begun(empty, register, csv,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_retry_is_offered_only_for_what_it_may_mend(backfills, csv, good, tmp_path):
+    assert "`retry` runs them again" in asked(backfills, csv, tmp_path / "out")[1]
+    good.write_text(good.read_text().replace("id7,7\n", "id7,x\n"))
+    assert asked(backfills, good, tmp_path / "other")[1].endswith(
+        " shows why, mended inputs need a new run, into another folder\n"
+    )
+    good.write_text(good.read_text().replace("id7,x\n", "id7,7\n"))
+    code, _, err = nograd(backfills, "verify", tmp_path / "other")
+    assert (code, "--no-ids checks the output" in err) == (2, True)
+    assert nograd(backfills, "verify", tmp_path / "other", "--no-ids")[0] == 0
+
+
 def test_what_is_finished_is_neither_paused_nor_cancelled(backfills, good, tmp_path):
     asked(backfills, good, tmp_path / "out")
     for verb in ("pause", "cancel"):

@@ -10,16 +10,17 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from nograd.tasks.backfill.failures import normalised
 from nograd.tasks.backfill.output import as_array, infer_type
 from nograd.tasks.backfill.plan import ModelIdentity, SourceSpec, TableSchema
-from nograd.tasks.backfill.rows import Slice
+from nograd.tasks.backfill.rows import RowFailure, Slice
 from nograd.tasks.backfill.task import Calibration
 
 from .scoring import Scored, Scorer
 
 #: predictions that are kept, to find their type and size
 KEPT = 50_000
-#: errors that are told
+#: reasons that are told, each with a row as its example
 ERRORS = 5
 
 
@@ -31,7 +32,7 @@ class Measurement:
         self._rows = self._failed = self._timed = 0
         self._seconds = 0.0
         self._kept: list[Scored] = []
-        self._errors: list[str] = []
+        self._reasons: dict[str, list[Any]] = {}
 
     def watch(self, scorer: Scorer, slices: Iterable[Slice], seconds: float) -> None:
         """Score slices until they end or the time is over, the first one to the end in any case."""
@@ -59,7 +60,7 @@ class Measurement:
             out_bytes=0 if prediction is None else self._out_bytes(good, prediction),
             batch_rows=batch_rows,
             prediction=None if prediction is None else TableSchema.of(pa.schema({"prediction": prediction})),
-            errors=self._errors,
+            errors=[_told(*each) for each in self._reasons.values()],
             model=model,
         )
         told: dict[str, Any] = msgspec.to_builtins(calibration)
@@ -69,8 +70,12 @@ class Measurement:
         self._rows += len(scored.piece)
         failures = [*scored.piece.failures.values(), *scored.failures.values()]
         self._failed += len(failures)
-        room = ERRORS - len(self._errors)
-        self._errors += [f"{each.id}: {each.message}" for each in failures[:room]]
+        for each in failures:
+            reason = normalised(each.message)
+            if reason in self._reasons:
+                self._reasons[reason][1] += 1
+            elif len(self._reasons) < ERRORS:
+                self._reasons[reason] = [each, 0]
         if self._rows <= KEPT or not self._kept:
             self._kept.append(scored)
 
@@ -92,6 +97,11 @@ def _until(slices: Iterable[Slice], until: float) -> Iterator[Slice]:
         if number and time.perf_counter() > until:
             return
         yield piece
+
+
+def _told(failure: RowFailure, others: int) -> str:
+    also = f" and {others:,} other{'s' * (others != 1)}" if others else ""
+    return f"{failure.id}{also}: {failure.message}"
 
 
 def _good(scored: Scored) -> Any:

@@ -6,6 +6,7 @@ of the plan, or the chunk is refused (`PlanChanged`): a file that changed or wen
 
 from __future__ import annotations
 
+import datetime as dt
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
@@ -235,8 +236,16 @@ def file_change(file: InputFile, now: Found | None) -> str:
     if now.size != file.size:
         return f"{file.name} had {file.size} bytes when the plan was made, has {now.size}"
     if now.stamp != file.stamp and not file.sha256:
-        return f"{file.name} was written after the plan was made (same size; {file.stamp} became {now.stamp})"
+        was, became = (stamp if is_remote(file.url) else _date(stamp) for stamp in (file.stamp, now.stamp))
+        return f"{file.name} was written after the plan was made (same size; dated {was}, now {became})"
     return ""
+
+
+def _date(stamp: str) -> str:
+    """Nanoseconds since 1970 in local time; so fine that two that differ look different."""
+    seconds, rest = divmod(int(stamp), 10**9)
+    fine = f".{rest:09d}".rstrip("0").rstrip(".")
+    return f"{dt.datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M:%S}{fine}"
 
 
 def choose_columns(

@@ -19,7 +19,7 @@ from nograd.tasks.errors import SourceError
 from .base import ROW, Files, Piece, Request, Survey, choose_columns, number_files, open_file, schema_of
 from .listing import Found
 from .records import Block, Quoting, blocks
-from .text import TextReader, as_input, scan, short, start_of
+from .text import TextReader, as_input, misfit, scan, start_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -236,8 +236,7 @@ class CsvReader(TextReader):
             array, misfits = _typed(columns[field.name], field.type)
             arrays.append(array)
             for index in misfits:
-                shown = short(columns[field.name][index].as_py())
-                bad.setdefault(index, f"column {field.name!r}: {shown} is no {field.type}")
+                bad.setdefault(index, misfit(field, columns[field.name][index].as_py()))
         return Piece(pa.RecordBatch.from_arrays(arrays, schema=self.own), bad)
 
 

@@ -89,6 +89,8 @@ def list_files(urls: Sequence[str]) -> list[Found]:
     for url in urls:
         try:
             files = list(_remote(url) if is_remote(url) else _local(url))
+        except FileNotFoundError as err:
+            raise SourceError(f"{url}: no such file or folder") from err
         except OSError as err:
             raise SourceError(f"{url}: cannot be listed: {err.strerror or err}") from err
         except (ImportError, ValueError) as err:

@@ -106,8 +106,20 @@ def rows_to_batch(schema: pa.Schema, rows: list[dict[str, object] | str]) -> Pie
         array, misfits = _column(values, field.type)
         arrays.append(array)
         for index in misfits:
-            bad.setdefault(index, f"column {field.name!r}: {short(values[index])} is no {field.type}")
+            bad.setdefault(index, misfit(field, values[index]))
     return Piece(pa.RecordBatch.from_arrays(arrays, schema=schema), bad)
+
+
+def misfit(field: pa.Field, value: object) -> str:
+    """That a value is not of its column's type, for people."""
+    kind = field.type
+    if pa.types.is_floating(kind):
+        wanted = "a number"
+    elif pa.types.is_integer(kind):
+        wanted = "a whole number"
+    else:
+        wanted = "true or false" if pa.types.is_boolean(kind) else f"of type {kind}"
+    return f"column {field.name!r}: {short(value)} is not {wanted}"
 
 
 def _column(values: list[object], kind: pa.DataType) -> tuple[pa.Array, list[int]]:

@@ -222,19 +222,20 @@ def gone(csv):
     ("change", "sentence"),
     [
         (changed_size, r"in.csv had \d+ bytes when the plan was made, has \d+"),
-        (touched, r"in.csv was written after the plan was made \(same size"),
-        (gone, "in.csv is gone since the plan was made; other.csv is new since the plan was made"),
+        (touched, r"in.csv was written after the plan was made \(same size; dated 20.*:2[12].5, now 20.*:2[12].5\); "),
+        (gone, "in.csv is gone since the plan was made; other.csv is new since the plan was made; "),
     ],
 )
 def test_a_resume_with_other_inputs_is_refused_and_says_which(tmp_path, csv, change, sentence):
     folder = tmp_path / "folder"
     folder.mkdir()
     csv = csv.rename(folder / "in.csv")
+    os.utime(csv, (1_700_000_001.5, 1_700_000_001.5))
     planned(folder, tmp_path / "out", id="k", columns=["x"])
     job = load(open_store(tmp_path / "out"))
     fingerprint.check(job, model=MODEL, parameters={})
     change(csv)
-    with pytest.raises(PlanChanged, match=sentence):
+    with pytest.raises(PlanChanged, match=f"{sentence}.*restore the inputs with their dates .*--content.*a new run"):
         fingerprint.check(job)
 
 
@@ -244,7 +245,9 @@ def test_with_hashes_a_copy_with_a_new_date_passes_and_another_content_does_not(
     fingerprint.check(job)
     text = csv.read_text()
     csv.write_text(text.replace("id7,7\n", "id7,8\n"))
-    with pytest.raises(PlanChanged, match=r"in.csv has another content than when the plan was made"):
+    with pytest.raises(
+        PlanChanged, match=r"in.csv has another content than when the plan was made; restore the inputs;"
+    ):
         fingerprint.check(job)
 
 

@@ -38,7 +38,7 @@ def test_csv_with_quoted_newlines_and_a_row_of_text_among_numbers(tmp_path):
     ]
     assert good == expected
     assert [(f.row, f.id, f.stage) for f in failures] == [(500, 500, "read")]
-    assert failures[0].message == "column 'x': 'oops' is no double"
+    assert failures[0].message == "column 'x': 'oops' is not a number"
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_csv_with_quoted_newlines_and_a_row_of_text_among_numbers(tmp_path):
         (b"3", "the record has 1 fields, the header 3"),
         (b"3,\xff\xfe,2", "the record is no UTF-8"),
         (b"3,,2", "column 'x' has no value"),
-        (b"3,1e999999x,2", "column 'x': '1e999999x' is no double"),
+        (b"3,1e999999x,2", "column 'x': '1e999999x' is not a number"),
     ],
 )
 def test_a_bad_record_of_csv_is_a_failure_of_its_row_alone(tmp_path, record, message):
@@ -98,7 +98,7 @@ def test_jsonl_with_a_bad_line_text_among_numbers_and_dates(tmp_path):
     assert good[0] == {"k": "a0", "x": 0.5, "day": "2024-01-02"}
     assert good[1]["x"] == 1.0
     assert [(f.row, f.id) for f in failures] == [(7, "a7"), (8, None), (9, None), (10, "a10")]
-    assert failures[0].message == "column 'x': 'text' is no double"
+    assert failures[0].message == "column 'x': 'text' is not a number"
     assert failures[1].message.startswith("the line is no JSON")
     assert failures[2].message == "the line is no JSON object but a list"
     assert failures[3].message == "column 'x' has no value"
@@ -238,7 +238,7 @@ def write(tmp_path, name, data):
 @pytest.mark.parametrize(
     ("files", "options", "message"),
     [
-        ({}, {}, "no-such: cannot be listed: No such file"),
+        ({}, {}, "no-such: no such file or folder$"),
         ({"no-such/x.txt": b""}, {}, "the files are of no known format"),
         ({"no-such/x.csv": b"a\n", "no-such/y.jpg": b""}, {}, "of several formats .csv, images."),
         ({"no-such/x.csv": b"a,b\n1,2\n"}, {"id": "c"}, "has no column 'c'; there are: 'a', 'b'"),
