@@ -27,7 +27,12 @@ INTERVAL_S = 2.0
 
 _FORMATS = click.Choice(["parquet", "csv", "jsonl", "openai", "images"])
 _TIMEOUT = click.option(
-    "--timeout", type=click.FloatRange(min=0), default=120.0, show_default=True, help="Seconds a worker has to answer."
+    "--timeout",
+    metavar="S",
+    type=click.FloatRange(min=0),
+    default=120.0,
+    show_default=True,
+    help="Seconds a worker has to answer.",
 )
 _BUDGET = click.option("--error-budget", metavar="N|P%", help="Failed rows, or their share, that may be; more stop it.")
 _DETACH = click.option("--detach", is_flag=True, help="Return once it runs.")
@@ -341,7 +346,9 @@ def _estimate(estimate: Estimate) -> str:
 def _status(now: Status) -> str:
     """A status for people, on a few lines."""
     budget = "" if now.may_fail is None else f"; {now.may_fail:,} may fail"
-    return f"{now.id}: {now.model} into {now.out}{budget}\n{percent(now)} · {describe(now)}"
+    return f"{now.id}: {now.model} into {now.out}{budget}\n{percent(now)} · {describe(now)}" + (
+        f"\n{now.trouble}" if now.trouble else ""
+    )
 
 
 run_.name = "run"

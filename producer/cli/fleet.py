@@ -101,7 +101,9 @@ def flower(run: Run, *, port: int, flower_args: tuple[str, ...]) -> int:
 
 
 @command
-@click.option("--timeout", type=float, default=1.0, show_default=True, help="Seconds workers have to answer.")
+@click.option(
+    "--timeout", metavar="S", type=float, default=1.0, show_default=True, help="Seconds workers have to answer."
+)
 @click.option("--ready", is_flag=True, help="Say only whether they are ready: exit code 0, or 1.")
 @click.option("--model", metavar="NAME", help="With --ready: whether this model can be used.")
 @click.option("--here", is_flag=True, help="Only workers of this host; in a container, its own.")

@@ -20,7 +20,9 @@ ANSWER_S = 2.0
 POLL_S = 0.3
 
 _WORKER = click.option("--worker", "worker", metavar="NODE", help="Only this worker; default: all that are up.")
-_TIMEOUT = click.option("--timeout", type=float, default=600.0, show_default=True, help="Seconds to wait for the end.")
+_TIMEOUT = click.option(
+    "--timeout", metavar="S", type=float, default=600.0, show_default=True, help="Seconds to wait for the end."
+)
 
 
 @command

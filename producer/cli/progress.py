@@ -48,13 +48,16 @@ class Display:
         if self._terminal:
             if self._task is None:
                 self._task = self._bar.add_task("", total=now.progress.rows)
-            self._bar.update(self._task, completed=rows, total=now.progress.rows, description=describe(now))
+            text = f"{describe(now)} · {now.trouble}" if now.trouble else describe(now)
+            self._bar.update(self._task, completed=rows, total=now.progress.rows, description=text)
             self._bar.refresh()
             return
         state, at = (now.state, now.trouble is None), time.monotonic()
         if state != self._last or at - self._last_at >= LINE_S:
             self._last, self._last_at = state, at
             self._console.print(f"{percent(now)} · {describe(now)}", markup=False)
+            if now.trouble:
+                self._console.print(now.trouble, markup=False)
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -67,7 +70,7 @@ class Display:
 
 
 def describe(now: Status) -> str:
-    """A status on one line."""
+    """A status on one line, but for trouble with Redis, which is none of the backfill's."""
     progress = now.progress
     rows = progress.rows_ok + progress.rows_err
     said = [f"{rows:,} of {progress.rows:,} rows"]
@@ -83,7 +86,8 @@ def describe(now: Status) -> str:
         said.append(f"{now.running} chunk{'s' * (now.running != 1)} running")
     if now.state == "waiting":
         said.append("no worker has a chunk")
-    said += [text for text in (now.why, now.trouble) if text]
+    if now.why:
+        said.append(now.why)
     return " · ".join(said)
 
 

@@ -224,6 +224,12 @@ def test_a_line_counts_down_only_while_it_runs():
     assert describe(status("stopped", why="no space left")).endswith("stopped · no space left")
 
 
+def test_trouble_with_redis_stands_on_a_line_of_its_own(capsys):
+    with Display(terminal=False) as display:
+        display(status("done", rows_ok=1000, chunks_done=10, trouble="Redis at here:1: refused"))
+    assert capsys.readouterr().err == "100.0 % · 1,000 of 1,000 rows · done\nRedis at here:1: refused\n"
+
+
 def test_100_percent_is_said_only_of_all_rows():
     assert percent(status(rows_ok=999)) == "99.9 %"
     assert percent(status(rows=100_000, rows_ok=99_999)) == "99.9 %"
