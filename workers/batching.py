@@ -23,10 +23,6 @@ Laws of the order between batches:
 * An item whose deadline has passed never reaches the device; it is handed out once, as expired, or by `expire`.
 * Every item put in comes out exactly once: in a batch, as expired, from `expire`, `remove_model` or `drain`.
 
-What waits is also known as device work (`Backlog.held`), and exactly: an item's share of a batch is one of as many as
-may be in it, or its cost of ``max_cost`` if that is more; one that is run alone is a whole batch. What counts is what
-the limits are now, so the items of a group that is capped to the half weigh twice as much.
-
 Putting an item in and taking it out costs the logarithm of what waits in its group; a batch costs nothing for groups it
 does not take from, however many there are.
 """
@@ -55,15 +51,8 @@ PATIENCE_S: Final = 10.0
 BULK_PATIENCE_S: Final = 10.0
 #: groups whose `Backlog.cap` is remembered, the latest: groups are made of shapes callers choose
 CAPS: Final = 1024
-#: a batch, in the unit of shares; they are whole numbers, so that what comes and goes adds up to nothing
-WHOLE: Final = 1 << 24
 
 _INTERACTIVE, _BULK = 0, 1
-
-
-def share_of(max_items: int) -> int:
-    """The share of one item where so many make a batch; rounded up, so that these are a batch at least."""
-    return -(-WHOLE // max_items)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +85,6 @@ class Item:
         deadline: when it is no use any more, on the same clock; None for never.
         late: makes ``prepared`` on the device thread, for an input that may crash the process; None if it is made.
         block: ``prepared`` is a whole batch, alone in its group.
-        share: the part of a batch it took when it was put in, in the unit of `WHOLE`; nothing for a block, which is no
-            message of its own.
     """
 
     model: str
@@ -111,7 +98,6 @@ class Item:
     deadline: float | None = None
     late: Callable[[], Any] | None = None
     block: bool = False
-    share: int = 0
 
     @property
     def urgency(self) -> float:
@@ -164,38 +150,18 @@ class _Lane:
 
 
 class _Group:
-    """The items of one model that may share a batch.
+    """The items of one model that may share a batch."""
 
-    Attributes:
-        share: the part of a batch that each takes, at least.
-        most_cost: the cost of a whole batch; None where that does not count.
-    """
+    __slots__ = ("key", "lanes", "limits", "max_items")
 
-    __slots__ = ("_alone", "key", "lanes", "limits", "max_items", "most_cost", "share")
-
-    def __init__(self, first: Item, limits: Limits, cap: int | None) -> None:
-        self.key = (first.model, first.group)
+    def __init__(self, key: tuple[str, Hashable]) -> None:
+        self.key = key
         self.lanes = (_Lane(), _Lane())
-        #: the share of an item that shares its batch with no other
-        self._alone = 0 if first.block else WHOLE if first.late is not None else None
-        self.limit(limits, cap)
+        self.limits = Limits()
+        self.max_items = 1
 
     def __len__(self) -> int:
         return sum(len(lane.heap) for lane in self.lanes)
-
-    def limit(self, limits: Limits, cap: int | None) -> None:
-        """Its batches have these limits from now on, and ``cap`` items at most."""
-        self.limits = limits
-        self.max_items = limits.max_items if cap is None else min(limits.max_items, cap)
-        self.share = share_of(self.max_items) if self._alone is None else self._alone
-        self.most_cost = limits.max_cost if self._alone is None else None
-
-    def shares(self, items: Sequence[Item]) -> int:
-        """The parts of a batch that some items take together."""
-        most = self.most_cost
-        if most is None:
-            return self.share * len(items)
-        return sum(min(WHOLE, max(self.share, item.cost * WHOLE // most)) for item in items)
 
     def fits(self, count: int, dearest: int) -> bool:
         """Whether a batch of so many items is within the limits."""
@@ -272,9 +238,6 @@ class Backlog:
         self._groups: dict[tuple[str, Hashable], _Group] = {}
         self._agendas = (_Agenda(_INTERACTIVE), _Agenda(_BULK))
         self._counts = [0, 0]
-        #: of these the blocks, and the shares of the others
-        self._blocks = [0, 0]
-        self._shares = [0, 0]
         self._numbers = itertools.count()
         #: when bulk has had its turn, or has begun to wait for it
         self._bulk_turn = -math.inf
@@ -289,10 +252,6 @@ class Backlog:
         """Items that wait: interactive, bulk."""
         return self._counts[_INTERACTIVE], self._counts[_BULK]
 
-    def held(self, lane: int) -> tuple[int, int]:
-        """Items of messages that wait, interactive (0) or bulk (1), and the sum of their shares."""
-        return self._counts[lane] - self._blocks[lane], self._shares[lane]
-
     def put(self, item: Item) -> None:
         """Add an item that arrives now.
 
@@ -304,7 +263,7 @@ class Backlog:
         key = (item.model, item.group)
         group = self._groups.get(key)
         if group is None:
-            group = self._groups[key] = _Group(item, self._limits[item.model], self._caps.get(key))
+            group = self._groups[key] = self._limited(_Group(key))
         side = _BULK if item.priority >= BULK_FROM else _INTERACTIVE
         if side == _BULK and not self._counts[_BULK]:
             self._bulk_turn = item.arrived
@@ -313,11 +272,7 @@ class Backlog:
         lane = group.lanes[side]
         heapq.heappush(lane.heap, (item.urgency, next(self._numbers), item))
         lane.note(item, group.limits.max_wait_s)
-        item.share = share = group.share if group.most_cost is None else group.shares((item,))
         self._counts[side] += 1
-        self._shares[side] += share
-        if not share:
-            self._blocks[side] += 1
         self._update(group)
 
     def next_batch(self, now: float) -> Batch | None:
@@ -344,7 +299,7 @@ class Backlog:
                 if late:
                     lane.heap = [entry for entry in lane.heap if not _is_late(entry[2], now)]
                     heapq.heapify(lane.heap)
-                    self._forget(side, group, late)
+                    self._counts[side] -= len(late)
                     expired += late
             self._refresh(group)
         left = (item for group in self._groups.values() for lane in group.lanes for _, _, item in lane.heap)
@@ -384,25 +339,17 @@ class Backlog:
         """Take everything out, oldest first."""
         return self._remove(list(self._groups.values()))
 
-    def _forget(self, side: int, group: _Group, items: Sequence[Item]) -> None:
-        """These wait no more."""
-        self._counts[side] -= len(items)
-        self._shares[side] -= group.shares(items)
-        if not group.share:
-            self._blocks[side] -= len(items)
+    def _limited(self, group: _Group) -> _Group:
+        group.limits = self._limits[group.key[0]]
+        group.max_items = min(group.limits.max_items, self._caps.get(group.key, group.limits.max_items))
+        return group
 
     def _relimit(self, key: tuple[str, Hashable], *, forget: bool = False) -> None:
         if forget:
             del self._caps[key]
         group = self._groups.get(key)
         if group is not None:
-            waiting = [[item for _, _, item in lane.heap] for lane in group.lanes]
-            for side, items in enumerate(waiting):
-                self._shares[side] -= group.shares(items)
-            group.limit(self._limits[key[0]], self._caps.get(key))
-            for side, items in enumerate(waiting):
-                self._shares[side] += group.shares(items)
-            group.recount()
+            self._limited(group).recount()
             self._update(group)
 
     def _update(self, group: _Group) -> None:
@@ -414,7 +361,6 @@ class Backlog:
         dearest = 0
         for side in order:
             heap = group.lanes[side].heap
-            items, expired = len(batch.items), len(batch.expired)
             while heap:
                 item = heap[0][2]
                 if _is_late(item, now):
@@ -425,7 +371,7 @@ class Backlog:
                         break
                     batch.items.append(item)
                 heapq.heappop(heap)
-            self._forget(side, group, batch.items[items:] + batch.expired[expired:])
+                self._counts[side] -= 1
             if heap:
                 break  # closed: nothing is passed over
         self._refresh(group)
@@ -443,7 +389,7 @@ class Backlog:
         for group in groups:
             for side, lane in enumerate(group.lanes):
                 found += [(item.arrived, number, item) for _, number, item in lane.heap]
-                self._forget(side, group, [item for _, _, item in lane.heap])
+                self._counts[side] -= len(lane.heap)
                 lane.heap = []
             self._update(group)
             del self._groups[group.key]
@@ -486,10 +432,6 @@ class BatchQueue:
         """Items that wait: interactive, bulk."""
         with self._changed:
             return self._backlog.waiting
-
-    def held(self, lane: int) -> tuple[int, int]:
-        """See `Backlog.held`. Without the lock: it may be that of a moment ago, in the middle of a batch."""
-        return self._backlog.held(lane)
 
     def put(self, items: Sequence[Item], deadline: float | None = None) -> bool:
         """Add items that arrive now, with a deadline on the queue's clock; False if the queue is closed.

@@ -10,8 +10,8 @@ Laws:
 
 * Messages of ``nograd.predict`` are batched across callers; every other task runs through Celery's tracer on a thread.
 * An input that cannot be prepared fails alone; the other items of its message and its batch go on.
-* Interactive messages go before bulk ones wherever something waits. What is not on the device is bounded to a few
-  batches (`intake`): the rest stays in Redis, for any worker.
+* Interactive messages go before bulk ones wherever something waits. What is not on the device is bounded in items
+  (`intake`): the rest stays in Redis, for any worker.
 * A message is settled exactly once; one that was revoked, or never reached the device before shutdown, is not settled
   at all: Celery has answered it already, or the broker gives it to another worker.
 * Models are loaded and warm before the first message is fetched; a model that cannot be loaded stops the start, and one
@@ -158,8 +158,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
         task = self.app.tasks[PREDICT_TASK]
         _, hostname = self.options.get("initargs") or (None, "")
         self.settler = Settler(ResultStore(self.app, task, hostname), task.resultrepr_maxsize, engine.risks)
-        held = engine.queue.held
-        self.intake = Intake(self.limit, self._largest(), held, transport.resume, threads=resources.threads)
+        waiting = lambda: engine.queue.waiting  # noqa: E731
+        self.intake = Intake(self.limit, self._largest(), waiting, transport.resume, threads=resources.threads)
         engine.queue.on_taken = self.intake.eased
         transport.throttle(self._room)
         lease_s = Settings.from_env().lease_s
@@ -397,7 +397,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         try:
             for task_id in cancelled.recall(self.app.backend.client):
                 revoked.add(task_id)
-        except Exception as err:  # noqa: BLE001 - no Redis backend, or any trouble with it; jobs do not depend on it
+        except Exception as err:  # noqa: BLE001 - any trouble with Redis; jobs do not depend on it
             logger.warning("jobs that were cancelled while this worker had no connection may run: %s", err)
 
     def _books(self) -> Any:

@@ -57,7 +57,7 @@ class Preparer:
         accept: content types of bodies.
         on_poison: called with a message over which too many workers have died, and how many; what it is settled with.
         on_unknown: called with a message for a model that is not here, and its name; whether it took care of it.
-        intake: hears of every message how many items it has, and how much of a batch they take.
+        intake: hears of every message how many items it has.
         threads: how many prepare at a time.
         risks: where a thread says what it does.
     """
@@ -122,52 +122,44 @@ class Preparer:
 
     def _work(self, messages: list[Message]) -> None:
         for message in messages:
-            shares = 0
             try:
-                shares = self._prepare(message)
+                self._prepare(message)
             except BaseException as err:
                 logger.exception("a message could not be prepared; it fails")
                 self._settler.submit(message, Outcome(error=as_job_error(err)))
             finally:
-                self._intake.began(shares, bulk=message.bulk)
+                self._intake.began(bulk=message.bulk)
 
-    def _prepare(self, message: Message) -> int:
-        """Put the items of a message; their shares of a batch."""
-        inputs = self._inputs(message)
-        if inputs is None or message.model is None:
-            return 0
-        of = 1 if message.alone else message.model.spec.batch.max_items
-        self._intake.read(len(inputs), of=of, bulk=message.bulk)
-        if not inputs:
-            self._settler.submit(message, Outcome(value=[]))
-            return 0
-        message.expect(len(inputs), self._settler.submit)
-        return self._prepare_all(message, message.model, inputs)
-
-    def _inputs(self, message: Message) -> list[Any] | None:
-        """The inputs of a message, whose model is then known; None if there is nothing left to do for it."""
+    def _prepare(self, message: Message) -> None:
         if not message.begin():
-            return None
+            return
         message.deaths = _deaths(message)
         if message.deaths >= MOST_DEATHS:
             self._settler.submit(message, Outcome(error=self._on_poison(message, message.deaths)))
-            return None
+            return
         try:
             inputs = self._read(message)
         except UnknownModel as err:
             name, _ = message.body[0]
             if not self._on_unknown(message, name):
                 self._settler.submit(message, Outcome(error=err))
-            return None
+            return
         except NogradError as err:
             self._settler.submit(message, Outcome(error=err))
-            return None
+            return
         if message.deadline is not None and time.monotonic() >= message.deadline:
             self._settler.submit(message, too_late())
-            return None
-        return inputs
+            return
+        self._intake.read(len(inputs), bulk=message.bulk)
+        if inputs:
+            message.expect(len(inputs), self._settler.submit)
+            self._prepare_all(message, inputs)
+        else:
+            self._settler.submit(message, Outcome(value=[]))
 
-    def _prepare_all(self, message: Message, model: HostedModel, inputs: list[Any]) -> int:
+    def _prepare_all(self, message: Message, inputs: list[Any]) -> None:
+        model = message.model
+        assert model is not None
         if message.alone:
             items = [_left_for_later(message, model, index, wire) for index, wire in enumerate(inputs)]
         else:
@@ -178,7 +170,6 @@ class Preparer:
         if items and not self._put(message, model, items) and not self._on_unknown(message, model.name):
             for item in items:
                 message.resolve(item.index, Outcome(error=UnknownModel(f"model {model.name!r} has been unloaded")))
-        return sum(item.share for item in items)
 
     def _put(self, message: Message, model: HostedModel, items: list[Item]) -> bool:
         """Hand items to the device thread; False if their model has been unloaded meanwhile."""

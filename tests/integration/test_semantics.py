@@ -16,7 +16,6 @@ import redis as redis_client
 import own_tasks
 from nograd.tasks import create_app, errors
 from nograd.tasks.settings import Settings
-from nograd.workers.intake import INTERACTIVE_BATCHES
 from waiting import PATIENCE_S as TIMEOUT
 from waiting import until
 
@@ -258,20 +257,16 @@ def test_a_job_that_never_works_fails_with_its_own_error_and_is_not_tried_again(
     assert result.retries == 0
 
 
-#: jobs a worker holds besides the one on its device, of a model whose batches are of one
-HELD = INTERACTIVE_BATCHES
-
-
 # -- shutdowns ---------------------------------------------------------------------------------------------------------
 
 
 def test_sigterm_gives_back_at_once_what_has_not_started_and_finishes_the_rest(fleet):
     worker = fleet.start()
     first = fleet.on_the_device()
-    others = [fleet.linger(0) for _ in range(HELD)]
+    others = [fleet.linger(0) for _ in range(20)]
     until(lambda: fleet.queued() == 0)
     worker.process.send_signal(signal.SIGTERM)
-    until(lambda: fleet.queued() == HELD)
+    until(lambda: fleet.queued() == 20)
     assert worker.alive()  # it is still at the first
     assert not first.ready()
     fleet.let_go(first)
@@ -299,7 +294,7 @@ def test_a_soft_shutdown_lets_short_jobs_end_and_gives_long_ones_back(fleet):
 def test_a_cold_shutdown_loses_nothing(fleet):
     worker = fleet.start()
     running = fleet.on_the_device()
-    waiting = [fleet.linger(0) for _ in range(HELD)]
+    waiting = [fleet.linger(0) for _ in range(30)]
     until(lambda: fleet.queued() == 0)
     worker.process.send_signal(signal.SIGQUIT)
     worker.process.wait(TIMEOUT)

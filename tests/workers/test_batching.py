@@ -7,7 +7,7 @@ import pytest
 
 from nograd.tasks.errors import UnknownModel
 from nograd.tasks.keys import BULK, INTERACTIVE
-from nograd.workers.batching import CAPS, WHOLE, Backlog, BatchQueue, Item, Limits, share_of
+from nograd.workers.batching import CAPS, Backlog, BatchQueue, Item, Limits
 
 
 def item(model="m", group=None, arrived=0.0, deadline=None, prepared=None, priority=INTERACTIVE, cost=1):
@@ -377,62 +377,3 @@ def test_who_takes_says_so_before_it_waits_and_not_while_there_is_more():
     assert told == []
     queue.take()
     assert told == [0]
-
-
-# -- what waits, as device work ---------------------------------------------------------------------------------------
-
-
-def batches(backlog, lane=0):
-    """What a lane holds: items, and batches."""
-    items, shares = backlog.held(lane)
-    return items, pytest.approx(shares / WHOLE, abs=1e-9)
-
-
-def test_an_item_takes_its_part_of_a_batch_of_its_model():
-    waiting = Backlog({"m": Limits(max_items=4096), "n": Limits(max_items=64)})
-    for one in [item("m") for _ in range(2048)] + [item("n") for _ in range(64)] + [bulk(model="n")]:
-        waiting.put(one)
-    assert batches(waiting) == (2112, 1.5)
-    assert batches(waiting, 1) == (1, 1 / 64)
-
-
-@pytest.mark.parametrize("max_items", [1, 3, 64, 100, 4095])
-def test_as_many_as_make_a_batch_are_no_less_than_one(max_items):
-    assert 0 <= max_items * share_of(max_items) - WHOLE < max_items
-
-
-def test_a_dear_item_takes_its_part_of_the_cost_but_no_more_than_a_batch():
-    assert batches(backlog(item(cost=10), max_items=4, max_cost=100)) == (1, 1 / 4)
-    assert batches(backlog(item(cost=50), max_items=4, max_cost=100)) == (1, 1 / 2)
-    assert batches(backlog(item(cost=1000), max_items=4, max_cost=100)) == (1, 1)
-
-
-def test_an_item_that_runs_alone_is_a_batch_and_a_block_of_a_backfill_is_no_message():
-    late = Item("m", ("alone", 1), None, None, late=lambda: None)
-    block = Item("m", ("block", 1), None, None, priority=BULK, block=True)
-    waiting = backlog(late, block, max_items=64)
-    assert batches(waiting) == (1, 1)
-    assert batches(waiting, 1) == (0, 0)
-    assert waiting.waiting == (1, 1)
-    assert [len(waiting.next_batch(now=1).items) for _ in range(2)] == [1, 1]
-    assert [waiting.held(lane) for lane in (0, 1)] == [(0, 0), (0, 0)]
-
-
-def test_a_group_of_which_less_fits_takes_more_as_long_as_that_is_so():
-    waiting = backlog(*[item(group=1) for _ in range(16)], *[item(group=2) for _ in range(16)], max_items=64)
-    waiting.cap("m", 1, 8)
-    assert batches(waiting) == (32, 2 + 1 / 4)
-    waiting.put(item(group=1))
-    assert batches(waiting) == (33, 2 + 1 / 8 + 1 / 4)
-    waiting.cap("m", 1, None)
-    assert batches(waiting) == (33, 33 / 64)
-
-
-def test_with_other_limits_what_waits_takes_another_part():
-    waiting = backlog(*[item() for _ in range(16)], bulk(), item("n"), max_items=64)
-    waiting.add_model("m", Limits(max_items=16))
-    assert batches(waiting) == (17, 1 + 1 / 64)
-    assert batches(waiting, 1) == (1, 1 / 16)
-    assert len(waiting.remove_model("m")) == 17
-    assert batches(waiting) == (1, 1 / 64)
-    assert waiting.held(1) == (0, 0)

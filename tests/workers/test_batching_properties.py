@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nograd.tasks.keys import BULK_FROM
-from nograd.workers.batching import BULK_PATIENCE_S, PATIENCE_S, WHOLE, Backlog, Item, Limits, share_of
+from nograd.workers.batching import BULK_PATIENCE_S, PATIENCE_S, Backlog, Item, Limits
 
 _limits = st.builds(
     Limits,
@@ -86,11 +86,6 @@ class Device:
         padded = len(items) * max((one.cost for one in items), default=0)
         return len(items) <= 1 or (len(items) <= self.most(group) and (most is None or padded <= most))
 
-    def share(self, one):
-        most = self.limits[one.model].max_cost
-        by_cost = 0 if most is None else one.cost * WHOLE // most
-        return min(WHOLE, max(share_of(self.most(key(one))), by_cost))
-
     def ready(self, items):
         """The items of those that need not wait for company, by the definition."""
         ready = []
@@ -137,7 +132,6 @@ def test_any_order_of_events_keeps_the_laws(limits, steps):
             check(device, *device.take())
         else:
             getattr(device, name)(*args)
-        check_shares(device)
     assert not device.waiting  # after all windows, a take for each put is enough
     assert len(device.backlog) == 0
     assert device.backlog.waiting == (0, 0)
@@ -161,13 +155,6 @@ def check(device, before, batch):
     check_lead(device, ready, before, group, out)
     check_nothing_passed_over(device, before, group, batch, out)
     assert Counter(map(bulk, device.waiting)) == +Counter(dict(zip((False, True), device.backlog.waiting, strict=True)))
-
-
-def check_shares(device):
-    """What is held is exactly what the items that wait take."""
-    for side in (False, True):
-        items = [one for one in device.waiting if bulk(one) is side]
-        assert device.backlog.held(int(side)) == (len(items), sum(map(device.share, items)))
 
 
 def check_lead(device, ready, before, group, out):

@@ -11,7 +11,6 @@ import fleet_of_tests
 from nograd.producer import Client
 from nograd.producer.broker import Message
 from nograd.tasks.keys import BULK, CHUNKS, INTERACTIVE, PRIORITY_SUFFIXES
-from nograd.workers.intake import BULK_BATCHES, INTERACTIVE_BATCHES
 from waiting import PATIENCE_S as TIMEOUT
 from waiting import until
 
@@ -39,7 +38,7 @@ batch = {{ max_items = {BATCH} }}
             started.append(start_worker(models))
             return started[-1]
 
-        yield Fleet(name, models, gate, client, start)
+        yield Fleet(name, gate, client, start)
         gate.touch()
         for worker in started:
             worker.stop()
@@ -49,16 +48,16 @@ _numbers = itertools.count()
 
 
 class Fleet:
-    def __init__(self, model, file, gate, client, start):
-        self.model, self.file, self.gate, self.client, self.start = model, file, gate, client, start
+    def __init__(self, model, gate, client, start):
+        self.model, self.gate, self.client, self.start = model, gate, client, start
         self.redis = client.app.backend.client
 
     def queued(self, suffix=BULK_LIST):
         return self.redis.llen(f"nograd.{self.model}{suffix}")
 
     def pool(self, worker):
-        """What the pool of a worker tells. One that has just got ready may not listen yet: it is asked again."""
-        return until(lambda: self.client.broker.workers(10, [worker.name]).get(worker.name))
+        """What the pool of a worker tells."""
+        return self.client.broker.workers(TIMEOUT, [worker.name])[worker.name]
 
     def settled(self, count):
         """Wait until this stays so for a while: what a worker fetches, it fetches in milliseconds."""
@@ -115,25 +114,3 @@ def test_messages_of_many_items_stay_in_redis_until_the_device_needs_them(fleet,
     assert len(answers) == rows * packs
     # It never ran dry: hardly a batch was not full.
     assert sum(one["prediction"]["batch"] == BATCH for one in answers) > 0.95 * len(answers)
-
-
-@pytest.mark.parametrize(
-    ("priority", "suffix", "batches"), [("interactive", "", INTERACTIVE_BATCHES), ("bulk", BULK_LIST, BULK_BATCHES)]
-)
-def test_beside_a_model_of_large_batches_no_more_batches_of_a_small_one_are_held(fleet, priority, suffix, batches):
-    with fleet.file.open("a") as file:
-        file.write(f"""
-[{fleet.model}-large]
-loader = "python"
-class = "fleet_of_tests:Spy"
-batch = {{ max_items = 1024 }}
-""")
-    fleet.start()
-    jobs = fleet.client.submit_many(fleet.model, list(range(600)), priority=priority)
-    until(lambda: fleet.queued(suffix) < 600)
-    # One batch is on the device besides.
-    assert 600 - (batches + 2) * BATCH <= fleet.settled(lambda: fleet.queued(suffix)) < 600
-    fleet.gate.touch()
-    done = [job.result(TIMEOUT) for job in jobs]
-    # It never ran dry: hardly a batch was not full.
-    assert sum(one["batch"] == BATCH for one in done) > 0.9 * len(done)
