@@ -35,7 +35,7 @@ from . import collector
 from .crew import Crew
 from .engine import Engine
 from .memory import free
-from .models import open_model
+from .models import HostedModel, open_model
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,9 @@ class Hosting:
         self._give_back = give_back
         self._announce = announce
         self._states = {name: State("ready") for name in engine.models}
-        self._crew: Crew[Callable[[], None]] = Crew("nograd-hosting", 1, _run_each)
+        #: every model that was opened and is still somewhere in memory
+        self._alive = weakref.WeakSet(engine.models.values())
+        self._crew: Crew[Callable[[], None]] = Crew("nograd-hosting", 1, self._change)
 
     def start(self) -> None:
         """Start the thread."""
@@ -166,11 +168,25 @@ class Hosting:
             raise ModelFileError(f"{file.path}: no model {name!r}.{did_you_mean(name, file.specs)} It has {known}")
         return file
 
+    def _change(self, changes: list[Callable[[], None]]) -> None:
+        for change in changes:
+            change()
+            free(self._engine.device)
+            # One that is still on its way out, of a load that was given up or with a job that lasts, may be in cycles.
+            if set(self._alive) <= set(self._engine.models.values()):
+                collector.set_aside()
+
+    def _open(self, name: str) -> HostedModel:
+        model = open_model(self._table(name), name)
+        self._alive.add(model)
+        return model
+
     def _load(self, name: str, queues: Queues, first: Callable[[str], None] | None = None) -> None:
+        collector.take_back()
         try:
             if first is not None:
                 first(name)
-            self._engine.add(open_model(self._table(name), name)).result()
+            self._engine.add(self._open(name)).result()
             self._announce()
         except BaseException as err:  # noqa: BLE001 - a model's own code; the worker goes on without it
             error = err.message if isinstance(err, ConfigError) else f"{type(err).__name__}: {err}"
@@ -200,9 +216,3 @@ class Hosting:
         logger.info("model %s is unloaded; %d of its jobs go back to their queue", name, waited)
         if then is not None:
             self._states[name] = then
-
-
-def _run_each(changes: list[Callable[[], None]]) -> None:
-    for change in changes:
-        change()
-        collector.set_aside()

@@ -49,6 +49,7 @@ from .exits import EXIT_CONFIG, EXIT_DEVICE, EXIT_HUNG
 from .handle import Handle
 from .hosting import Hosting, Queues
 from .intake import Intake
+from .memory import free
 from .message import Message
 from .prepare import Preparer
 from .resources import Resources
@@ -186,6 +187,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         transport.watch(self._makes_progress)
         self._warn_of_small_batches()
         threading.Thread(target=self._keep_known, name="nograd-registry", daemon=True).start()
+        free(engine.device)
         collector.set_aside()
 
     def on_close(self) -> None:

@@ -288,6 +288,15 @@ def test_a_worker_that_cannot_load_its_models_in_time_ends_and_says_where_it_was
     assert "time.sleep(1000)" in worker.text()
 
 
+def test_a_load_that_was_given_up_leaves_nothing_once_it_ends(fleet):
+    gate = fleet.file.with_name("gate")
+    fleet.start()
+    fleet.file.write_text(STEADY + slow("late", 10, gate) + "load_timeout_s = 1\n" + slow("extra", 20))
+    assert fleet.nograd("models", "load", "late")[0] == 2
+    gate.touch()
+    until(lambda: fleet.nograd("models", "load", "extra", "--reload")[0] == 0 and "LET GO 10" in fleet.worker.text())
+
+
 def test_models_beyond_the_memory_budget_are_refused_and_leave_nothing_behind(fleet, client):
     fleet.file.write_text(STEADY + slow("one", 1) + slow("two", 2) + slow("three", 3))
     fleet.start("-Q", "nograd.steady,nograd.one", NOGRAD_MEMORY_BUDGET="2.5MB")
