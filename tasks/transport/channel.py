@@ -22,7 +22,7 @@ from redis.exceptions import AuthenticationError, NoPermissionError, NoScriptErr
 
 from . import names
 from .checks import check_kombu, check_server, refused
-from .doorbell import Fetch, Waiting, bell
+from .doorbell import WAIT_UNRUNG_S, Fetch, Waiting, bell
 from .errors import Malformed
 from .keeper import Keeper, Keys, Terms, keeper_of
 from .lease import Lease
@@ -317,7 +317,9 @@ class Channel(kombu_redis.Channel):  # type: ignore[misc]
         waits, command = not self._hungry, b""
         if waits:
             self.starved = 0 in rooms
-            command = fetch.wait(self._waiting.timeout_s, [room > 0 for room in rooms])
+            # Who leases nothing waits for replies: stock workers send them without a bell, and no keeper nudges it.
+            timeout_s = WAIT_UNRUNG_S if self.keeper is None else self._waiting.timeout_s
+            command = fetch.wait(timeout_s, [room > 0 for room in rooms])
         else:
             self.starved = False
         prefix = self.keeper.next_prefix() if self.keeper is not None else "."

@@ -14,7 +14,7 @@ from . import names
 
 #: seconds an idle consumer waits at the bells before it looks by itself: publishers without our transport do not ring
 WAIT_S: Final = 1.0
-#: the same, once a message has come that had not rung
+#: the same, once a message has come that had not rung, and of who waits for replies
 WAIT_UNRUNG_S: Final = 0.1
 #: seconds that lasts
 UNRUNG_FOR_S: Final = 60.0

@@ -381,3 +381,17 @@ def test_what_an_app_publishes_rings_and_a_stock_app_of_the_same_url_keeps_its_o
         assert type(connection.clone()) is transport.Connection
     with stock.pool.acquire(block=True) as connection:
         assert not isinstance(connection, transport.Connection)
+
+
+def test_replies_of_stock_workers_are_seen_as_soon_as_stock_clients_see_them(server, make_worker):
+    """Each look lasts a tenth of a second at most: a stock worker's answer does not ring."""
+    stock = make_worker(server, transport=None, concurrency=1).ready()
+    ours = Celery("ours", broker=server.url, amqp="nograd.tasks.transport:AMQP", set_as_current=False)
+    with server.client.monitor() as monitor:
+        assert ours.control.inspect(timeout=PATIENCE_S, limit=1).ping() == {stock.name: {"ok": "pong"}}
+        ours.control.ping(timeout=0.3)
+        server.client.echo("end")
+        said = itertools.takewhile(lambda each: each["command"] != "ECHO end", monitor.listen())
+        waits = [float(each["command"].split()[-1]) for each in said if each["command"].startswith("BLPOP _nograd")]
+    assert waits
+    assert max(waits) <= 0.1
