@@ -123,6 +123,7 @@ def test_the_driver_is_killed_and_the_run_goes_on(redis_url, client, texts, tmp_
         stderr=subprocess.PIPE,
         text=True,
     )
+    assert "planning" in driver.stderr.readline()
     assert "of 2,000 rows" in driver.stderr.readline()
     driver.send_signal(signal.SIGKILL)
     driver.communicate()
