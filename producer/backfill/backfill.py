@@ -32,7 +32,8 @@ from nograd.tasks.backfill.store import open_store
 from nograd.tasks.backfill.store_retry import RetryStore
 from nograd.tasks.backfill.task import hints_of, send_chunk
 from nograd.tasks.backfill.verify import Report, verify_all
-from nograd.tasks.backfill.window import SENDING_S, Window, Wish
+from nograd.tasks.backfill.watchlist import Watchlist
+from nograd.tasks.backfill.window import SENDING_S, Wish
 from nograd.tasks.errors import (
     BackfillCancelled,
     BackfillError,
@@ -251,7 +252,7 @@ class Backfill:
             OutputError: if the folder cannot be written.
         """
         stage = self._stages.last()
-        with self._cancelled(stage.window) if isinstance(stage.job.store, RetryStore) else contextlib.nullcontext():
+        with self._cancelled(stage) if isinstance(stage.job.store, RetryStore) else contextlib.nullcontext():
             return give_up(self.job)
 
     def run(
@@ -398,10 +399,17 @@ class Backfill:
         stage = self._stages.last()
         if self._budget_given:
             self._set(error_budget=self._budget)
+        with self._client.broker.errors():
+            self._list(stage)  # before it is wanted: who dies in between leaves nothing that is and nobody looks after
         self._set(stage.job.store, wish="run", why=None, since=time.time())
         with self._client.broker.errors():
             stage.window.wish = "run"
         self._pump(stage, sending_s=0)
+
+    @staticmethod
+    def _list(stage: Stage) -> None:
+        """Have workers look after it."""
+        Watchlist(stage.window.client).put(stage.job)
 
     def _want(self, wish: Wish) -> None:
         stage = self._stages.last()
@@ -412,8 +420,9 @@ class Backfill:
             stage.window.wish = wish
 
     @contextlib.contextmanager
-    def _cancelled(self, window: Window) -> Iterator[None]:
+    def _cancelled(self, stage: Stage) -> Iterator[None]:
         """Nobody need run a chunk of it to the end; if what is done meanwhile fails, it is wanted as before."""
+        window = stage.window
         wish: Wish | None = None
         why = None
         with contextlib.suppress(BrokerUnavailable), self._client.broker.errors():
@@ -424,6 +433,8 @@ class Backfill:
         except BaseException:
             if wish is not None:
                 with contextlib.suppress(BrokerUnavailable), self._client.broker.errors():
+                    if wish == "run":
+                        self._list(stage)  # a worker that found it cancelled has let go of it
                     window.wish = wish
                     if why is not None:
                         window.stop(why)  # the one it had stopped for

@@ -42,7 +42,7 @@ def pump(job: Job, window: Window, send: Callable[[int], None], sending_s: float
         job: the backfill.
         window: its hints.
         send: sends one chunk.
-        sending_s: see `Window.find_lost`.
+        sending_s: see `Window.find_lost`; `task.sending_s` knows it.
 
     Raises:
         BackfillError: if the output cannot be read or written.

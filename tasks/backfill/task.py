@@ -25,7 +25,7 @@ from nograd.tasks.errors import ConfigError
 from nograd.tasks.keys import BULK, CHUNKS, queue_name
 
 from .plan import Extent, InputFile, Job, ModelIdentity, SourceSpec, TableSchema
-from .window import message_id
+from .window import BLIND_S, SENDING_S, message_id
 
 RUN_CHUNK: Final = "nograd.run_chunk"
 CALIBRATE: Final = "nograd.calibrate"
@@ -129,6 +129,25 @@ def send_chunk(app: Any, job: Job, chunk: int) -> None:
         argsrepr=f"backfill={plan.job} chunk={chunk + 1}/{plan.chunks}",
         kwargsrepr=f"{{out: {job.store.url}}}",
     )
+
+
+def sending_s(app: Any, least: float = SENDING_S) -> float:
+    """Seconds until a chunk whose message `Window.find_lost` does not see has none; ``least`` where it would see it.
+
+    It looks in the Redis database of the result backend, under kombu's own names. An app with another broker, also one
+    with another database of the same server, or with other names, has its messages elsewhere, and none would ever be
+    seen.
+    """
+    conf = app.conf
+    renamed = {"global_keyprefix", "unacked_key", "priority_steps", "sep"} & set(conf.broker_transport_options)
+    together = conf.broker_write_url == _without_class(app.backend_cls or conf.result_backend)
+    return least if together and not renamed else max(least, BLIND_S)
+
+
+def _without_class(backend: Any) -> Any:
+    """The URL of a result backend that may name its class: ``package.module:Class+redis://…``."""
+    before, plus, url = str(backend).partition("+")
+    return url if plus and ":" in before else backend
 
 
 def send_sample(app: Any, sample: Sample) -> Any:

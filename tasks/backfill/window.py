@@ -13,7 +13,7 @@ Laws:
   them only, and no more chunks are on their way than the workers need.
 * A chunk whose message is nowhere, because whoever sent it or Redis died over it, is missing again after `SENDING_S`;
   one whose message waits is not issued again, however long it waits; only where there are too many messages to look
-  at, after `BLIND_S`.
+  at, or where none would be seen (`task.sending_s`), after `BLIND_S`.
 * A chunk is run by one worker at a time, as long as that one renews its claim. A worker that was frozen longer loses
   it; what it commits afterwards loses, too.
 * A chunk that killed its worker leaves what it was about to run (its *cursor*), so that the next attempt runs those
@@ -35,7 +35,7 @@ from nograd.tasks.keys import LEASE_S, PRIORITY_SUFFIXES, queue_name
 #: seconds from issuing a chunk until its message is in the queue, at most; too short costs a message that ends at its
 #: first look
 SENDING_S: Final = 5.0
-#: the same where there are too many messages to look at
+#: the same where there are too many messages to look at, or they are where nobody looks
 BLIND_S: Final = 300.0
 #: messages to look at for those of queued chunks; looking at more would hold up Redis
 LOOKED_AT: Final = 10_000

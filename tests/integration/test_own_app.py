@@ -12,6 +12,7 @@ import pytest
 
 import backfills
 import own_app
+from crashes import Moments
 from nograd.producer import Client
 from waiting import PATIENCE_S
 
@@ -39,19 +40,22 @@ def start(start_worker, folder):
 
 
 def test_its_workers_run_a_backfill_to_its_end_though_one_is_killed(redis_url, folder, start, tmp_path):
+    """Nobody resumes or follows it: the driver only looks."""
+    moments = Moments(folder)
     pq.write_table(pa.table({"n": range(ROWS), "text": ["x" * (n % 23) for n in range(ROWS)]}), tmp_path / "in.parquet")
     first = start("slow")
     with Client(redis_url, models=folder / "models.toml") as client:
         backfill = client.backfill(
             "slow", tmp_path / "in.parquet", tmp_path / "out", id="n", columns=["text"], rows_per_chunk=20
         )
+        moments.arm("before the record")
         backfill.start(PATIENCE_S)
-        backfills.until(lambda: backfill.status().progress.chunks_done, "a commit", PATIENCE_S)
+        backfills.until(moments.reached, "the first commit", PATIENCE_S)
+        assert moments.pid() == first.process.pid
         first.process.kill()
         first.process.wait()
         assert not backfill.status().ended
         start("slow", ready=False)
-        backfill.resume(PATIENCE_S)
         backfills.until(lambda: backfill.job.store.size("_SUCCESS"), "the end", PATIENCE_S)
         backfill.verify().check()
         assert backfills.ids(backfill.job) == list(range(ROWS))

@@ -3,8 +3,11 @@
 Laws:
 
 * An open backfill whose model is hosted somewhere goes on by itself, whatever was lost of its messages, in a restart of
-  Redis or with a sender: within some leases somebody looks, and `pump` sends what is missing.
-* A worker looks only at what it could run. One that cannot see the folder leaves it to another, and says so once.
+  Redis or with a sender: within some leases somebody looks, and `pump` sends what is missing. That holds as long as
+  Redis still has the `watchlist`; once that is lost as well, the next who resumes or follows the backfill begins anew.
+* A worker looks only at what it could run. One that cannot see the folder leaves it to another, and says so once. A
+  folder that hangs (a network mount whose server is away) holds this worker's lookout for as long, and nothing else of
+  the worker; other workers look after the other backfills.
 * What is paused, cancelled or finished is let go of. Nothing is decided here: `pump` is what any worker does after a
   chunk.
 * A fleet costs Redis one command a worker and lease, and storage one look a backfill and lease, however many look.
@@ -24,7 +27,7 @@ from kombu.exceptions import OperationalError
 from nograd.tasks.backfill import plan
 from nograd.tasks.backfill.pump import pump
 from nograd.tasks.backfill.store import open_store
-from nograd.tasks.backfill.task import hints_of, send_chunk
+from nograd.tasks.backfill.task import hints_of, send_chunk, sending_s
 from nograd.tasks.backfill.watchlist import Turn, Watchlist
 from nograd.tasks.backfill.window import Window
 
@@ -97,7 +100,7 @@ class Lookout:
         if job.plan.sha256 != turn.run.plan:
             return False  # the folder holds another one by now
         window = Window(self._client, hints_of(job))
-        pumped = pump(job, window, lambda chunk: send_chunk(self._app, job, chunk))
+        pumped = pump(job, window, lambda chunk: send_chunk(self._app, job, chunk), sending_s(self._app))
         if pumped.sent:
             logger.info("%d chunks of the backfill in %s are sent: nobody had", pumped.sent, turn.run.out)
         return pumped.missing > 0 and pumped.wanted

@@ -36,7 +36,7 @@ from nograd.tasks.backfill.pump import pump
 from nograd.tasks.backfill.rows import Slice
 from nograd.tasks.backfill.sources import Reader, open_reader, reader_of
 from nograd.tasks.backfill.store import open_store
-from nograd.tasks.backfill.task import ChunkCall, Sample, hints_at, send_chunk
+from nograd.tasks.backfill.task import ChunkCall, Sample, hints_at, send_chunk, sending_s
 from nograd.tasks.backfill.window import Window
 from nograd.tasks.errors import BackfillError, OutputError, PlanChanged, SourceError, UnknownModel
 from nograd.workers.engine import Engine
@@ -46,7 +46,7 @@ from nograd.workers.risk import Gate
 from .attempt import Attempt, GivenUp, hint
 from .block import Block
 from .measure import Measurement
-from .scoring import FAR, NEAR, Device, Scorer, scorer_for
+from .scoring import Device, Scorer, lead_for, scorer_for
 from .trim import trim
 
 logger = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ class ChunkRunner:
             return self._trouble(task, call, window, err)
         app = task.celery.app
         try:
-            pump(job, window, lambda chunk: send_chunk(app, job, chunk))
+            pump(job, window, lambda chunk: send_chunk(app, job, chunk), sending_s(app))
         except BackfillError as err:
             return self._stop(window, call, err)
         return told
@@ -306,7 +306,7 @@ class ChunkRunner:
                 block=lambda rows: Block(task_id, task.delivery, settings, rows, split, left=left),
                 note=hold.note,
                 guard=guard,
-                lead=NEAR if self._engine.device.type == "cpu" else FAR,
+                lead=lead_for(model),
             )
         finally:
             left.set()

@@ -51,7 +51,7 @@ class Lead:
     blocks: int
 
 
-#: for a device that must not wait while the CPU is at something else
+#: for what must not wait while the CPU is at something else: a GPU, or whatever else a forward waits for
 FAR = Lead(3, BLOCKS)
 #: for a CPU, which can prepare or run, and gains nothing by more: a worker holds up to two chunks' rows
 NEAR = Lead(0, 2)
@@ -64,6 +64,16 @@ AGAIN_S = (1.0, 4.0)
 _SHARES = 8
 
 Failures: TypeAlias = dict[int, RowFailure]
+
+
+def lead_for(model: HostedModel) -> Lead:
+    """How far to go ahead of a loaded model: `NEAR` if its weights, all of them, are on the CPU.
+
+    A model without weights of torch's may run anywhere (another library on a GPU, a service elsewhere), and while it
+    waits for that the CPU is free.
+    """
+    places = {weight.device.type for module in model.modules() for weight in module.parameters()}
+    return NEAR if places == {"cpu"} else FAR
 
 
 @dataclass(frozen=True, slots=True)

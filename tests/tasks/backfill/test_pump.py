@@ -6,14 +6,15 @@ import time
 
 import pytest
 import redis
+from celery import Celery
 
 from nograd.tasks.backfill import state
 from nograd.tasks.backfill import window as windows
 from nograd.tasks.backfill.pump import pump
 from nograd.tasks.backfill.state import State
-from nograd.tasks.backfill.task import RUN_CHUNK, hints_of, send_chunk
+from nograd.tasks.backfill.task import RUN_CHUNK, hints_of, send_chunk, sending_s
 from nograd.tasks.backfill.watchlist import Watchlist
-from nograd.tasks.backfill.window import SPARE, Window, message_id
+from nograd.tasks.backfill.window import BLIND_S, SENDING_S, SPARE, Window, message_id
 from nograd.tasks.celery import create_app
 from nograd.tasks.keys import CHUNKS, PRIORITY_SUFFIXES
 from nograd.tasks.settings import Settings
@@ -150,6 +151,30 @@ def test_among_too_many_messages_nobody_looks_and_nothing_is_lost_for_long(job, 
     assert not pump(job, window, sent, sending_s=0).sent
     monkeypatch.setattr(windows, "BLIND_S", 0)
     assert pump(job, window, sent, sending_s=0).sent == SPARE
+
+
+def test_messages_that_cannot_be_seen_are_not_sent_again_and_again(job, window, sent, app, redis_url, connection):
+    assert (sending_s(app), sending_s(app, 0)) == (SENDING_S, 0)
+    broker = redis_url.rpartition("/")[0] + "/1"
+    app.conf.update(broker_read_url=broker, broker_write_url=broker)
+    for _ in range(3):
+        pump(job, window, sent, sending_s(app, 0))
+    assert sent.chunks == [0, 1]
+    assert not connection.exists(LIST)
+
+
+@pytest.mark.parametrize("renamed", [{"global_keyprefix": "x:"}, {"unacked_key": "x"}, {"sep": ":"}], ids=str)
+def test_messages_under_other_names_cannot_be_seen(app, renamed):
+    app.conf.broker_transport_options = {**app.conf.broker_transport_options, **renamed}
+    assert sending_s(app, 0) == BLIND_S
+
+
+@pytest.mark.parametrize("named", ["", "nograd.tasks.backend:RedisBackend+"])
+@pytest.mark.parametrize(("database", "seconds"), [(0, SENDING_S), (1, BLIND_S)])
+def test_a_users_app_has_its_messages_where_its_results_are_or_they_cannot_be_seen(named, database, seconds):
+    server = "redis://localhost:6379"
+    with Celery("own", broker=f"{server}/0", backend=f"{named}{server}/{database}", set_as_current=False) as own:
+        assert sending_s(own) == seconds
 
 
 def test_who_resumes_sends_what_was_lost_and_not_what_runs(job, window, sent, connection):

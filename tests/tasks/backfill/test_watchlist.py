@@ -115,6 +115,16 @@ def test_asking_is_one_command_and_everything_has_an_end(watchlist, jobs, connec
     assert 0 < connection.ttl(KEY) <= KEPT_S
 
 
+@pytest.mark.parametrize("entry", [b"\xff", b"[]", b'{"folder": "of a later version"}'], ids=repr)
+def test_an_entry_nobody_can_read_goes_and_keeps_nobody_from_the_others(watchlist, jobs, connection, caplog, entry):
+    watchlist.put(jobs[0])
+    connection.zadd(KEY, {entry: time.time() * 1000})
+    age(connection, 601)
+    assert outs(watchlist.take(MODELS, 600)) == [jobs[0].store.url]
+    assert [KEY in each.message for each in caplog.records] == [True]
+    assert connection.zcard(KEY) == 1
+
+
 def test_a_look_takes_no_more_than_it_can_do(watchlist, jobs, connection):
     watchlist.put(jobs[0])
     age(connection, 601)

@@ -220,6 +220,7 @@ def test_no_chunk_is_committed_if_another_model_came_in_the_last_moment(
         """A model that comes between the look at who is there and the queue."""
         blocks.append(items)
         if len(blocks) == 2:  # the last one
+            assert blocks[0][0].job.wait(TIMEOUT)  # the other one was the old model's
             reload()
         return put(items)
 

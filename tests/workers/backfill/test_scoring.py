@@ -16,7 +16,7 @@ from nograd.tasks.backfill.sources import survey
 from nograd.tasks.modelfile import load_model_file
 from nograd.workers.backfill.block import Block
 from nograd.workers.backfill.columns import to_array
-from nograd.workers.backfill.scoring import Device, scorer_for
+from nograd.workers.backfill.scoring import FAR, NEAR, Device, lead_for, scorer_for
 from nograd.workers.models import open_model
 
 CODE = """
@@ -41,6 +41,40 @@ class Square(torch.nn.Module):
     def forward(self, x):
         return x[:, :, None] * x[:, None, :]
 """
+
+
+#: classes of the user's own, by where their weights are: rows are prepared further ahead of all but those on the CPU
+PLACES = {
+    "torch.nn.Linear(1, 1)": NEAR,
+    "torch.nn.Linear(1, 1, device='meta')": FAR,
+    "torch.nn.ModuleList([torch.nn.Linear(1, 1), torch.nn.Linear(1, 1, device='meta')])": FAR,
+    "torch.nn.Identity()": FAR,
+    "'a service elsewhere'": FAR,
+}
+OWN = """
+import torch
+
+class Own:
+    def load(self, device):
+        net = {net}
+        self.net = net.eval() if isinstance(net, torch.nn.Module) else net
+
+    def forward(self, batch):
+        return batch
+"""
+
+
+@pytest.mark.parametrize(("net", "lead"), PLACES.items())
+def test_only_a_model_whose_weights_are_on_the_cpu_is_not_prepared_far_ahead_of(tmp_path, monkeypatch, net, lead):
+    (tmp_path / "own_models.py").write_text(OWN.replace("{net}", net))
+    (tmp_path / "models.toml").write_text('[m]\nloader = "python"\nclass = "own_models:Own"\ninput = "rows"\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = open_model(load_model_file(tmp_path / "models.toml"), "m")
+    try:
+        model.load(torch.device("cpu"))
+        assert lead_for(model) is lead
+    finally:
+        sys.modules.pop("own_models", None)
 
 
 @pytest.fixture
