@@ -240,6 +240,13 @@ def test_a_retry_under_other_weights_is_refused_with_a_way_out_that_works(empty,
         with pytest.raises(OutputError):
             job.give_up_retry()
         assert (window.wish, window.why) == ("pause", "trouble")
+        window.wish = "run"
+        (watchlist,) = window.client.keys("nograd:backfills:*")
+        window.client.delete(watchlist)  # as a worker does that finds it cancelled meanwhile
+        with pytest.raises(OutputError):
+            job.give_up_retry()
+        assert window.wish == "run"
+        assert window.client.zcard(watchlist) == 1
         commits.unlink()
         assert job.give_up_retry() == 11
         assert window.wish == "cancel"
