@@ -280,7 +280,9 @@ def test_a_soft_shutdown_lets_short_jobs_end_and_gives_long_ones_back(fleet):
     worker = fleet.start(conf={"worker_soft_shutdown_timeout": 5})
     short = fleet.on_the_device()
     long = fleet.linger(3600)
-    until(lambda: fleet.queued() == 0)
+    until(
+        lambda: f"[{long.id}] received" in worker.text(), worker.text
+    )  # so it begins here, once the short one has ended
     worker.process.send_signal(signal.SIGQUIT)
     until(lambda: "Soft Shutdown" in worker.text(), worker.text)
     fleet.let_go(short)
