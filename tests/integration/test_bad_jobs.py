@@ -34,10 +34,11 @@ def fleet(tmp_path, monkeypatch):
     monkeypatch.setenv("NOGRAD_LEASE_S", "3")
     monkeypatch.setenv("NOGRAD_MODELS", str(models))
     with EmbeddedRedis() as redis, Client(redis.url) as client, (tmp_path / "launcher.log").open("wb") as log:
-        # On a machine without these GPUs the workers use the CPU, which changes nothing here.
+        # Where torch does not see these GPUs, the workers of `all` use the CPU, which changes nothing here.
         gpus = ",".join(map(str, range(WORKERS)))
-        command = [sys.executable, "-m", "nograd.producer.cli", "worker", "--models", models, "--gpus", gpus]
-        launcher = subprocess.Popen(command, env={**os.environ, "NOGRAD_REDIS_URL": redis.url}, stdout=log, stderr=log)
+        command = [sys.executable, "-m", "nograd.producer.cli", "worker", "--models", models, "--gpus", "all"]
+        env = {**os.environ, "NOGRAD_REDIS_URL": redis.url, "CUDA_VISIBLE_DEVICES": gpus}
+        launcher = subprocess.Popen(command, env=env, stdout=log, stderr=log)
         yield client, launcher
         launcher.terminate()
         launcher.wait(PATIENCE_S)

@@ -45,7 +45,7 @@ def test_failures_come_in_input_order_and_group_by_what_they_say(job):
     assert [failure.row for failure in failures(job)] == [3, 4, 5, 500, 777]
     first, second = clusters(failures(job))
     assert (first.rows, first.stage, [each.row for each in first.samples]) == (4, "output", [3, 4, 5])
-    assert (second.rows, second.stage, second.message) == (1, "read", "column …: … is no int…")
+    assert (second.rows, second.stage, second.message) == (1, "read", "column …: … is not a whole number")
 
 
 def test_a_retry_adds_the_rows_that_succeed_now_and_touches_no_other(job):
