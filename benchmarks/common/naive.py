@@ -10,7 +10,6 @@ from celery import Celery
 from kombu import Queue
 
 from common.hosted import MLP
-from nograd.tasks.keys import LOG_JOBS
 
 app = Celery(
     "naive", broker=os.environ["NOGRAD_REDIS_URL"], backend=os.environ["NOGRAD_REDIS_URL"], set_as_current=False
@@ -22,7 +21,8 @@ app.conf.update(
     task_queues=[Queue("nograd.mlp", routing_key="nograd.mlp")],
 )
 model = MLP().eval()
-if os.environ.get(LOG_JOBS) == "0":
+# By its name: nothing of nograd is imported here, or its tasks would be this app's as well.
+if os.environ.get("NOGRAD_LOG_JOBS") == "0":
     for name in ("celery.worker.strategy", "celery.app.trace"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
