@@ -10,6 +10,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import redis
 
 from waiting import PATIENCE_S, Gate, until
 
@@ -157,3 +158,22 @@ def small_disk(tmp_path):
         pytest.skip(f"cannot mount a small file system: {done.stderr.decode().strip()}")
     yield folder
     subprocess.run(["umount", "--lazy", folder], check=True)  # a worker keeps the last plan open
+
+
+@pytest.fixture
+def connection(redis_url):
+    """A client of the shared Redis, empty."""
+    with redis.Redis.from_url(redis_url) as connection:
+        connection.flushdb()
+        yield connection
+
+
+@pytest.fixture
+def app(redis_url, connection):
+    """Our app on the shared Redis, empty."""
+    from nograd.tasks.celery import create_app  # not before the environment is set, above
+    from nograd.tasks.settings import Settings
+
+    app = create_app(Settings(redis_url=redis_url))
+    yield app
+    app.close()

@@ -170,6 +170,7 @@ class Hosting:
 
     def _change(self, changes: list[Callable[[], None]]) -> None:
         for change in changes:
+            collector.take_back()
             change()
             free(self._engine.device)
             # One that is still on its way out, of a load that was given up or with a job that lasts, may be in cycles.
@@ -182,7 +183,6 @@ class Hosting:
         return model
 
     def _load(self, name: str, queues: Queues, first: Callable[[str], None] | None = None) -> None:
-        collector.take_back()
         try:
             if first is not None:
                 first(name)
@@ -200,7 +200,6 @@ class Hosting:
 
     def _unload(self, name: str, then: State | None = None) -> None:
         model = weakref.ref(self._engine.models[name])
-        collector.take_back()
         jobs = list(dict.fromkeys(item.job for item in self._engine.remove(name).result()))
         waited = len(jobs)
         self._give_back(jobs)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 import pytest
-import redis
 from celery import Celery
 
 from nograd.tasks.backfill import state
@@ -15,27 +14,11 @@ from nograd.tasks.backfill.state import State
 from nograd.tasks.backfill.task import RUN_CHUNK, hints_of, send_chunk, sending_s
 from nograd.tasks.backfill.watchlist import Watchlist
 from nograd.tasks.backfill.window import BLIND_S, SENDING_S, SPARE, Window, message_id
-from nograd.tasks.celery import create_app
 from nograd.tasks.keys import CHUNKS, PRIORITY_SUFFIXES
-from nograd.tasks.settings import Settings
 from scoring import planned, run
 
 QUEUE = "nograd.doubler"
 LIST = QUEUE + PRIORITY_SUFFIXES[-1]
-
-
-@pytest.fixture
-def connection(redis_url):
-    with redis.Redis.from_url(redis_url) as connection:
-        connection.flushdb()
-        yield connection
-
-
-@pytest.fixture
-def app(redis_url, connection):
-    app = create_app(Settings(redis_url=redis_url))
-    yield app
-    app.close()
 
 
 @pytest.fixture

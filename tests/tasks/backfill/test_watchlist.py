@@ -6,7 +6,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import redis
 
 from nograd.tasks.backfill.watchlist import MOST, Run, Watchlist
 from nograd.tasks.backfill.window import KEPT_S
@@ -14,13 +13,6 @@ from scoring import MODEL, planned
 
 MODELS = [MODEL.name]
 KEY = f"nograd:backfills:{MODEL.name}"
-
-
-@pytest.fixture
-def connection(redis_url):
-    with redis.Redis.from_url(redis_url) as connection:
-        connection.flushdb()
-        yield connection
 
 
 @pytest.fixture

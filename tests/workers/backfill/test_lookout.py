@@ -24,26 +24,10 @@ from nograd.tasks.backfill.store import open_store
 from nograd.tasks.backfill.task import hints_of
 from nograd.tasks.backfill.watchlist import Watchlist
 from nograd.tasks.backfill.window import SENDING_S, SPARE, Window
-from nograd.tasks.celery import create_app
 from nograd.tasks.keys import CHUNKS, PRIORITY_SUFFIXES
-from nograd.tasks.settings import Settings
 from nograd.workers.backfill.lookout import Lookout
 
 LIST = "nograd.length" + PRIORITY_SUFFIXES[CHUNKS // 3]
-
-
-@pytest.fixture
-def connection(redis_url):
-    with redis.Redis.from_url(redis_url) as connection:
-        connection.flushdb()
-        yield connection
-
-
-@pytest.fixture
-def app(redis_url, connection):
-    app = create_app(Settings(redis_url=redis_url))
-    yield app
-    app.close()
 
 
 def planned(tmp_path, rows):

@@ -106,20 +106,6 @@ def reload(engine):
 
 
 @pytest.fixture
-def connection(redis_url):
-    with redis.Redis.from_url(redis_url) as connection:
-        connection.flushdb()
-        yield connection
-
-
-@pytest.fixture
-def app(redis_url, connection):
-    app = create_app(Settings(redis_url=redis_url))
-    yield app
-    app.close()
-
-
-@pytest.fixture
 def runner(engine, connection):
     return ChunkRunner(engine, connection, "w", threads=1, claim_s=3)
 
