@@ -19,6 +19,7 @@ from msgspec import Meta, inspect
 
 from .errors import ModelFileError
 from .hints import did_you_mean
+from .structs import decodable
 
 #: What a model takes. ``rows``: one flat row of numbers per item; ``tensor``: an array of any rank per item;
 #: ``json``: whatever JSON holds, handed to the model's own ``prepare``.
@@ -237,7 +238,7 @@ class PythonSpec(ModelSpec, frozen=True, kw_only=True, tag="python"):
 
 AnySpec: TypeAlias = TorchvisionSpec | TransformersSpec | ModuleSpec | LightningSpec | ExportSpec | PythonSpec
 
-_LOADERS: dict[str, type[ModelSpec]] = {str(spec.__struct_config__.tag): spec for spec in get_args(AnySpec)}
+_LOADERS: dict[str, type[ModelSpec]] = {str(spec.__struct_config__.tag): decodable(spec) for spec in get_args(AnySpec)}
 
 
 class ModelFile(msgspec.Struct, frozen=True):

@@ -14,8 +14,10 @@ import msgspec
 
 from .keys import MODELS_KEY, MODELS_TTL_S, queue_name
 from .modelfile import AnySpec, InputKind
+from .structs import decodable
 
 
+@decodable
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """What a client may know of a model.
 

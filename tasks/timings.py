@@ -16,7 +16,10 @@ from typing import Any
 
 import msgspec
 
+from .structs import decodable
 
+
+@decodable
 class Timings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Seconds of each stage of one job, and where it ran. What is zero or None is mostly left out where it is stored.
 

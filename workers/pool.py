@@ -173,6 +173,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             self.app.conf.accept_content,
             self._bury,
             self._take_back,
+            lambda message: self._give_back([message]),
             intake=self.intake,
             threads=resources.threads,
             risks=engine.risks,

@@ -25,6 +25,7 @@ from nograd.tasks.errors import InvalidInput, JobError, NogradError, UnknownMode
 from nograd.tasks.keys import PREDICT_TASK
 from nograd.tasks.payloads import decode_input
 from nograd.tasks.predict import Outcome, TimeoutS
+from nograd.tasks.structs import decodable
 
 from .batching import BatchQueue, Item
 from .crew import Crew
@@ -57,6 +58,7 @@ class Preparer:
         accept: content types of bodies.
         on_poison: called with a message over which too many workers have died, and how many; what it is settled with.
         on_unknown: called with a message for a model that is not here, and its name; whether it took care of it.
+        on_late: called with a message that was prepared when the device takes nothing more.
         intake: hears of every message how many items it has.
         threads: how many prepare at a time.
         risks: where a thread says what it does.
@@ -70,6 +72,7 @@ class Preparer:
         accept: list[str] | None,
         on_poison: Callable[[Message, int], JobError],
         on_unknown: Callable[[Message, str], bool],
+        on_late: Callable[[Message], None],
         *,
         intake: Intake,
         threads: int,
@@ -81,6 +84,7 @@ class Preparer:
         self._accept = prepare_accept_content(accept)
         self._on_poison = on_poison
         self._on_unknown = on_unknown
+        self._on_late = on_late
         self._intake = intake
         self._risks = risks
         self._crew: Crew[Message] = Crew("nograd-prepare", threads, self._work)
@@ -167,19 +171,17 @@ class Preparer:
         message.watch.prepared = time.monotonic()
         if message.complete:  # also what is prepared has its outcome, if the message's time is over
             items = []
-        if items and not self._put(message, model, items) and not self._on_unknown(message, model.name):
-            for item in items:
-                message.resolve(item.index, Outcome(error=UnknownModel(f"model {model.name!r} has been unloaded")))
-
-    def _put(self, message: Message, model: HostedModel, items: list[Item]) -> bool:
-        """Hand items to the device thread; False if their model has been unloaded meanwhile."""
-        if self._models.get(model.name) is not model:
-            return False
+        if not items:
+            return
         try:
-            self._batches.put(items, message.deadline)  # refused only at shutdown, when dropping them is right
-        except UnknownModel:
-            return False
-        return True
+            if self._models.get(model.name) is not model:
+                raise UnknownModel(f"model {model.name!r} has been unloaded")
+            if not self._batches.put(items, message.deadline):
+                self._on_late(message)
+        except UnknownModel as err:
+            if not self._on_unknown(message, model.name):
+                for item in items:
+                    message.resolve(item.index, Outcome(error=err))
 
     def _prepare_items(self, message: Message, model: HostedModel, inputs: list[Any]) -> list[Item]:
         items: list[Item] = []
@@ -260,6 +262,7 @@ def _deaths(message: Message) -> int:
     return transport.delivery_count(message.delivery) if message.delivery is not None else 0
 
 
+@decodable
 class _Call(msgspec.Struct, frozen=True):
     """The arguments of ``nograd.predict``."""
 

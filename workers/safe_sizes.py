@@ -25,6 +25,7 @@ import msgspec
 import torch
 
 from nograd.tasks.keys import SAFE_SIZE_TTL_S, SAFE_SIZES
+from nograd.tasks.structs import decodable
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ MOST: Final = 512
 _Place: TypeAlias = tuple[str, Hashable]
 
 
+@decodable
 class SafeSize(msgspec.Struct, frozen=True):
     """What is known of one group, as Redis keeps it.
 

@@ -29,6 +29,7 @@ from typing import NamedTuple
 import msgspec
 
 from nograd.tasks.errors import BackfillError, OutputFull
+from nograd.tasks.structs import decodable
 
 from . import layout
 from .plan import Plan, encode
@@ -51,6 +52,7 @@ class FileRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
 
 
+@decodable
 class CommitRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """That a chunk is done, and by whom.
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from nograd.tasks.errors import BackfillError, OutputError, PlanChanged
+from nograd.tasks.structs import decodable
 
 from . import layout
 from .store import Store
@@ -176,6 +177,7 @@ class InputDigest(_Frozen, frozen=True, kw_only=True):
     sha256: str
 
 
+@decodable
 class Plan(_Frozen, frozen=True, kw_only=True):
     """Everything that decides the bytes of the output.
 

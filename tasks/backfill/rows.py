@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from nograd.tasks.structs import decodable
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -23,6 +25,7 @@ MISFIT = (TypeError, ValueError, OverflowError, NotImplementedError)
 Stage = Literal["read", "prepare", "predict", "output", "crash"]
 
 
+@decodable
 class RowFailure(msgspec.Struct, frozen=True, kw_only=True):
     """A row that has no prediction, and why. One line of an errors file.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from nograd.tasks.errors import BackfillError
+from nograd.tasks.structs import decodable
 
 from . import layout
 from .plan import encode
@@ -16,6 +17,7 @@ from .store import Store
 from .window import Wish
 
 
+@decodable
 class State(msgspec.Struct, frozen=True, kw_only=True):
     """What is wanted.
 

@@ -23,6 +23,7 @@ from celery import shared_task
 
 from nograd.tasks.errors import ConfigError
 from nograd.tasks.keys import BULK, CHUNKS, queue_name
+from nograd.tasks.structs import decodable
 
 from .plan import Extent, InputFile, Job, ModelIdentity, SourceSpec, TableSchema
 from .window import BLIND_S, SENDING_S, message_id
@@ -31,6 +32,7 @@ RUN_CHUNK: Final = "nograd.run_chunk"
 CALIBRATE: Final = "nograd.calibrate"
 
 
+@decodable
 class ChunkCall(msgspec.Struct, frozen=True):
     """The arguments of ``nograd.run_chunk``, see above."""
 
@@ -39,6 +41,7 @@ class ChunkCall(msgspec.Struct, frozen=True):
     chunk: int
 
 
+@decodable
 class Sample(msgspec.Struct, frozen=True):
     """Some rows to score for a measurement; the argument of ``nograd.calibrate``.
 
@@ -59,6 +62,7 @@ class Sample(msgspec.Struct, frozen=True):
     seconds: float = 10.0
 
 
+@decodable
 class Calibration(msgspec.Struct, frozen=True):
     """What scoring a sample has shown.
 

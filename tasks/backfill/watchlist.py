@@ -26,6 +26,8 @@ from typing import Any, Final
 
 import msgspec
 
+from nograd.tasks.structs import decodable
+
 from .plan import Job
 from .window import KEPT_S
 
@@ -37,6 +39,7 @@ MOST: Final = 100
 _SCRIPT = files(__package__).joinpath("watchlist.lua").read_text(encoding="utf-8")
 
 
+@decodable
 class Run(msgspec.Struct, frozen=True):
     """An open backfill.
 

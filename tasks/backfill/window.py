@@ -31,6 +31,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from nograd.tasks.keys import LEASE_S, PRIORITY_SUFFIXES, queue_name
+from nograd.tasks.structs import decodable
 
 #: seconds from issuing a chunk until its message is in the queue, at most; too short costs a message that ends at its
 #: first look
@@ -64,6 +65,7 @@ def message_id(job: str, chunk: int | None = None) -> str:
     return f"{job}-" if chunk is None else f"{job}-{chunk:06d}-"
 
 
+@decodable
 class Cursor(msgspec.Struct, frozen=True):
     """What an attempt at a chunk was about to do, for the next one if it does not come back.
 

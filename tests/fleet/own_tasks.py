@@ -104,16 +104,28 @@ class Triple:
 
 
 class Lingers:
-    """Takes as long as it is told, the first time it is asked, or until `GO_ON`: {"run": …, "seconds": …}."""
+    """Takes as long as it is told, the first time it is asked, or until `GO_ON`.
+
+    Its input: {"run": …, "seconds": …, "where": "forward", or "prepare"}.
+    """
 
     def load(self, device):
         pass
 
+    def prepare(self, value):
+        if value.get("where") == "prepare":
+            self.linger(value)
+        return value
+
     def forward(self, batch):
         for value in batch:
-            if times(value["run"]) == 1:
-                ends = time.monotonic() + value["seconds"]
-                with store() as client:
-                    while time.monotonic() < ends and not client.exists(GO_ON.format(value["run"])):
-                        time.sleep(0.02)
+            if value.get("where", "forward") == "forward":
+                self.linger(value)
         return [value["run"] for value in batch]
+
+    def linger(self, value):
+        if times(value["run"]) == 1:
+            ends = time.monotonic() + value["seconds"]
+            with store() as client:
+                while time.monotonic() < ends and not client.exists(GO_ON.format(value["run"])):
+                    time.sleep(0.02)

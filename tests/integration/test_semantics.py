@@ -56,14 +56,21 @@ class Fleet:
     def send(self, model, value, **options):
         return self.app.send_task("nograd.predict", (model, value), queue=f"nograd.{model}", **options)
 
-    def linger(self, seconds):
+    def linger(self, seconds, where="forward"):
         """A job that takes so long the first time it runs, or until `let_go`; its result is its own id."""
         task_id = uuid.uuid4().hex
-        return self.send("lingers", {"run": task_id, "seconds": seconds}, task_id=task_id)
+        return self.send("lingers", {"run": task_id, "seconds": seconds, "where": where}, task_id=task_id)
 
     def on_the_device(self):
         """A job that runs until `let_go`."""
-        job = self.linger(3600)
+        return self._begun("forward")
+
+    def in_preparation(self):
+        """A job that is prepared until `let_go`."""
+        return self._begun("prepare")
+
+    def _begun(self, where):
+        job = self.linger(3600, where)
         until(lambda: self.times(job))
         return job
 
@@ -274,6 +281,23 @@ def test_sigterm_gives_back_at_once_what_has_not_started_and_finishes_the_rest(f
     assert first.get(timeout=TIMEOUT)
     fleet.start()
     assert all(job.get(timeout=TIMEOUT) for job in others)
+
+
+def test_what_was_being_prepared_at_sigterm_goes_back_once_it_is_while_the_device_is_still_busy(fleet):
+    worker = fleet.start()
+    first, second = fleet.on_the_device(), fleet.in_preparation()
+    third = fleet.linger(0)
+    until(lambda: fleet.queued() == 0)
+    worker.process.send_signal(signal.SIGTERM)
+    until(lambda: fleet.queued() == 1)  # the third
+    fleet.let_go(second)
+    until(lambda: fleet.queued() == 2)
+    assert worker.alive()  # it is still at the first
+    fleet.let_go(first)
+    assert worker.process.wait(TIMEOUT) == 0
+    fleet.start()
+    assert all(job.get(timeout=TIMEOUT) for job in (first, second, third))
+    assert fleet.times(second) == 2  # prepared once more, by the second worker
 
 
 def test_a_soft_shutdown_lets_short_jobs_end_and_gives_long_ones_back(fleet):

@@ -13,6 +13,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from nograd.tasks.errors import InvalidInput
 from nograd.tasks.modelfile import TransformersSpec
+from nograd.tasks.structs import decodable
 
 from .base import HostedModel
 from .inference import ready_for_inference
@@ -22,6 +23,7 @@ from .texts import check_text
 _Fraction = Annotated[float, Meta(gt=0, le=1)]
 
 
+@decodable
 class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The parameters of a text generation, by their names in transformers. Unset ones are the model's own.
 

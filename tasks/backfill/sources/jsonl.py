@@ -15,6 +15,7 @@ import msgspec
 
 from nograd.tasks.backfill.plan import InputFile, SourceSpec, TableSchema
 from nograd.tasks.errors import SourceError
+from nograd.tasks.structs import decodable
 
 from .base import ROW, Piece, Request, Survey, choose_columns, number_files, open_file, schema_of
 from .listing import Found
@@ -32,6 +33,7 @@ else:
 CUSTOM_ID, BODY = "custom_id", "body"
 
 
+@decodable
 class _Line(msgspec.Struct):
     """A line of OpenAI's batch format; ``method`` and ``url`` say nothing here."""
 
