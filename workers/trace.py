@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from billiard.einfo import ExceptionInfo
+from celery.app import trace as celery_trace
 from celery.exceptions import Ignore, Reject, Retry
 
 from nograd.tasks.errors import JobError, NogradError
@@ -27,6 +28,26 @@ logger = logging.getLogger(__name__)
 
 #: what Celery's tracer takes: (task name, id, request, body, content type, content encoding)
 TraceArgs = tuple[Any, ...]
+
+
+class Returned(Reject):  # type: ignore[misc]
+    """The message goes back to its queue, and nothing is wrong: the log has Celery's line of it, without a traceback.
+
+    Args:
+        why: for that line.
+    """
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why, requeue=True)
+
+
+def _spare_traceback(record: logging.LogRecord) -> bool:
+    if record.exc_info and isinstance(record.exc_info[1], Returned):
+        record.exc_info = None
+    return True
+
+
+celery_trace.logger.addFilter(_spare_traceback)
 
 
 @dataclass(frozen=True, slots=True)

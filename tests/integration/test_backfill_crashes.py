@@ -291,6 +291,7 @@ def test_a_worker_told_to_stop_gives_its_chunk_up_and_another_runs_it(client, fl
     backfills.drive(client, job)
     assert leaving.process.wait(60) == 0
     check_same(job, undisturbed)
+    assert "Traceback" not in leaving.text().partition("Warm shutdown")[2]  # nothing is wrong
 
 
 def test_other_numbers_of_workers_make_the_same_manifest(client, fleet, job, undisturbed):

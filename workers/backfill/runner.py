@@ -42,6 +42,7 @@ from nograd.tasks.errors import BackfillError, OutputError, PlanChanged, SourceE
 from nograd.workers.engine import Engine
 from nograd.workers.models import HostedModel
 from nograd.workers.risk import Gate
+from nograd.workers.trace import Returned
 
 from .attempt import Attempt, GivenUp, hint
 from .block import Block
@@ -87,7 +88,7 @@ class BoundTask:
         try:
             later = self.celery.retry(countdown=seconds, throw=False)
         except Reject as err:  # Celery would let go of the message
-            later = Reject(err.reason, requeue=True)
+            later = Returned(err.reason)
         return later
 
 
@@ -142,14 +143,14 @@ class ChunkRunner:
             if err.requeue:
                 with hint():
                     window.expect(call.chunk)
-                raise Reject(str(err), requeue=True) from err
+                raise Returned(str(err)) from err
             return {"chunk": call.chunk, "given_up": str(err)}
         except (Reject, Retry, redis.RedisError):
             raise
         except UnknownModel as err:  # it was unloaded here; the message is another worker's
             with hint():
                 window.expect(call.chunk)
-            raise Reject(err.message, requeue=True) from err
+            raise Returned(err.message) from err
         except Exception as err:  # noqa: BLE001 - whatever it is, the backfill neither loops over it nor ends in silence
             return self._trouble(task, call, window, err)
         app = task.celery.app
@@ -271,7 +272,7 @@ class ChunkRunner:
                     seconds = sample.seconds / len(sample.extents)
                     measurement.watch(scorer, reader.slices([extent], rows=batch_rows), seconds)
         except GivenUp as err:
-            raise Reject(str(err), requeue=True) from err
+            raise Returned(str(err)) from err
         self._same(model)
         return measurement.result(batch_rows, self._identity(model))
 
