@@ -12,6 +12,7 @@ import hypothesis
 import pytest
 import redis
 
+import watching
 from waiting import PATIENCE_S, Gate, until
 
 # Before anything of transformers is imported: no test may ask a model hub.
@@ -39,18 +40,53 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.parent.name) if item.path.parent.name in LONG else len(LONG))
 
 
-class WorkerProcess:
-    """A real ``celery worker`` of nograd, its log in a file."""
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    watching.forget_those_that_ended()
+    with watching.on_guard():
+        return (yield)
 
-    def __init__(self, log: Path, redis_url: str, models: Path | None, args=(), app="nograd.tasks", cwd=None, env=()):
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    with watching.on_guard():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed:
+        report.sections += watching.reports()
+    return report
+
+
+class WorkerProcess:
+    """A real ``celery worker`` of nograd, its log in a file; one that ``lasts`` ends before `stop` by mistake only."""
+
+    def __init__(
+        self,
+        log: Path,
+        redis_url: str,
+        models: Path | None,
+        args=(),
+        app="nograd.tasks",
+        cwd=None,
+        env=(),
+        lasts=False,
+    ):
         self.log = log
         environment = {**os.environ, "NOGRAD_REDIS_URL": redis_url, **dict(env)}
         if models is not None:
             environment["NOGRAD_MODELS"] = str(models)
         self.name = f"test-{log.stem}@here"
-        command = [sys.executable, "-m", "celery", "-A", app, "worker", "-n", self.name, "--loglevel", "INFO", *args]
+        if app == "nograd.tasks":  # as the launcher starts it; the workers of other apps are started as by their users
+            args = ("--without-gossip", "--without-mingle", *args)
+        words = ["-A", app, "worker", "-n", self.name, "--loglevel", "INFO", *args]
+        command = [sys.executable, "-m", "celery", *words]
         with log.open("wb") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=cwd)
+        self.watched = watching.watch(self.name, self.process, self.text, lasts=lasts)
 
     def wait_until_ready(self):
         until(lambda: " ready." in self.text() or not self.alive(), lambda: f"it does not get ready:\n{self.text()}")
@@ -65,6 +101,7 @@ class WorkerProcess:
 
     def stop(self, timeout=PATIENCE_S):
         """Warm shutdown; the exit code."""
+        self.watched.let_go()
         with contextlib.suppress(ProcessLookupError):
             self.process.terminate()
         try:
@@ -131,7 +168,10 @@ class Workers:
 
     def stop(self, redis_url):
         """End the workers of a Redis, all at once."""
-        mine = [worker for url, worker in self._started if url == redis_url and worker.alive()]
+        mine = [worker for url, worker in self._started if url == redis_url]
+        for worker in mine:
+            worker.watched.let_go()
+        mine = [worker for worker in mine if worker.alive()]
         for worker in mine:
             worker.process.terminate()
         for worker in mine:

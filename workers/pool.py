@@ -132,7 +132,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         size = min(TASK_THREADS, max(1, self.limit or 1))
         self._tasks: Crew[Task] = Crew("nograd-task", size, _run_each)
         self._withdrawn: Crew[Handle] = Crew("nograd-withdraw", 1, _withdraw_each)
-        self._backfill: Crew[Task] = Crew("nograd-chunk", CHUNK_THREADS, _run_each)
+        self._backfill: Crew[Task] = Crew("nograd-chunk", CHUNK_THREADS, _run_chunks)
         self.chunks: ChunkRunner | None = None
         self.lookout: Lookout | None = None
         self._stopping = threading.Event()
@@ -480,6 +480,11 @@ class TaskPool(BasePool):  # type: ignore[misc]
 def _run_each(tasks: list[Task]) -> None:
     for task in tasks:
         task.run()
+
+
+def _run_chunks(chunks: list[Task]) -> None:
+    transport.resume()  # none waits any more: `TaskPool._room` has some for the next one
+    _run_each(chunks)
 
 
 def _withdraw_each(handles: list[Handle]) -> None:

@@ -20,17 +20,19 @@ import msgspec
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from nograd.tasks.backfill import layout
+from nograd.tasks.backfill import layout, state
 from nograd.tasks.backfill import plan as plans
 from nograd.tasks.backfill.draft import draft, head
 from nograd.tasks.backfill.plan import Job
 from nograd.tasks.backfill.progress import progress
 from nograd.tasks.backfill.pump import pump
 from nograd.tasks.backfill.sources import Survey, survey
+from nograd.tasks.backfill.state import State
 from nograd.tasks.backfill.store import open_store
 from nograd.tasks.backfill.task import Calibration, Sample, hints_of, send_chunk, send_sample
 from nograd.tasks.backfill.verify import verify
 from nograd.tasks.backfill.window import Window
+from waiting import PATIENCE_S
 
 #: the command
 NOGRAD = Path(sys.executable).with_name("nograd")
@@ -95,18 +97,9 @@ def nograd(url: str, *words: object) -> tuple[int, dict[str, Any]]:
     """Run ``nograd backfill … --json``; its exit code, and the last document it prints."""
     command = [NOGRAD, "backfill", *map(str, words), "--json"]
     env = {**os.environ, "NOGRAD_REDIS_URL": url}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert done.stdout, done.stderr
     return done.returncode, json.loads(done.stdout.splitlines()[-1])
-
-
-def until(condition: Callable[[], Any], what: str, seconds: float = 60) -> Any:
-    """Wait for something to be the case; what it is then."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, f"{what} did not happen"
-        time.sleep(0.05)
-    return value
 
 
 class Paused(Exception):  # noqa: N818 - what a test expects is no error
@@ -120,7 +113,7 @@ def calibrated(client: Any, model: str, found: Survey, rows: int) -> Calibration
     files = {
         n: found.files[n] for each in extents for n in range(each.file, each.file + (each.count if of_images else 1))
     }
-    told = send_sample(client.app, Sample(model, found.spec, files, extents, {}, seconds=1)).get(timeout=60)
+    told = send_sample(client.app, Sample(model, found.spec, files, extents, {}, seconds=1)).get(timeout=PATIENCE_S)
     return msgspec.convert(told, Calibration)
 
 
@@ -145,7 +138,7 @@ def window_of(client: Any, job: Job) -> Window:
     return Window(client.app.backend.client, hints_of(job))
 
 
-def drive(client: Any, job: Job, seconds: float = 150, until: Callable[[], object] = lambda: False) -> Window:
+def drive(client: Any, job: Job, seconds: float = PATIENCE_S, until: Callable[[], object] = lambda: False) -> Window:
     """Keep a backfill going until it is done, or something is the case; its hints.
 
     Raises:
@@ -161,7 +154,21 @@ def drive(client: Any, job: Job, seconds: float = 150, until: Callable[[], objec
     return window
 
 
-def run(client: Any, job: Job, seconds: float = 150) -> Any:
+def send_first(client: Any, job: Job) -> Window:
+    """Have the first chunk of a backfill run and no other, until `let_go_on`; its hints."""
+    window = window_of(client, job)
+    state.write(job.store, State(wish="pause"))  # nobody sends any more; what was sent is run all the same
+    (first,) = window.top_up(range(job.plan.chunks), most=1)
+    send_chunk(client.app, job, first)
+    return window
+
+
+def let_go_on(job: Job) -> None:
+    """Its other chunks may be sent."""
+    state.write(job.store, State())
+
+
+def run(client: Any, job: Job, seconds: float = PATIENCE_S) -> Any:
     """Run a backfill to its end and verify it; its predictions, in order."""
     drive(client, job, seconds)
     verify(job).check()

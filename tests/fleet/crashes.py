@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import redis
@@ -20,6 +19,7 @@ from nograd.tasks.backfill import layout
 from nograd.tasks.backfill import plan as plans
 from nograd.tasks.backfill.plan import Job
 from nograd.tasks.backfill.store import open_store
+from waiting import until
 
 
 class Redis:
@@ -43,15 +43,13 @@ class Redis:
         options |= {"appendonly": "yes" if self._durable else "no", "appendfsync": "always", "save": ""}
         command = [find_server(), *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        until = time.monotonic() + 30
-        while True:
-            try:
-                redis.Redis.from_url(self.url).ping()
-            except redis.RedisError:
-                assert time.monotonic() < until, "redis-server does not start"
-                time.sleep(0.02)
-            else:
-                return
+        until(self._answers, "redis-server does not start")
+
+    def _answers(self) -> bool:
+        try:
+            return bool(redis.Redis.from_url(self.url).ping())
+        except redis.RedisError:
+            return False
 
     def save(self) -> None:
         """Write a dump."""
@@ -100,12 +98,9 @@ class Moments:
         """Let it go on."""
         (self._folder / "held").unlink()
 
-    def wait_left(self, seconds: float = 30) -> None:
+    def wait_left(self) -> None:
         """Wait until it has."""
-        until = time.monotonic() + seconds
-        while not (self._folder / "left").exists():
-            assert time.monotonic() < until, "the worker does not go on"
-            time.sleep(0.02)
+        until((self._folder / "left").exists, "the worker does not go on")
 
     def clear(self) -> None:
         """As if nothing had been armed."""

@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import redis
 
-from backfills import NOGRAD, nograd, score, until, write_models, write_weights
+from backfills import NOGRAD, nograd, score, write_models, write_weights
 from nograd.producer import Client
 from nograd.tasks.errors import PlanChanged
+from waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fleet(folder, start_worker):
-    return start_worker(folder / "models.toml", env={"NOGRAD_LEASE_S": "3"}.items())
+    return start_worker(folder / "models.toml", env={"NOGRAD_LEASE_S": "3"}.items(), lasts=True)
 
 
 @pytest.fixture
@@ -36,8 +37,15 @@ def client(redis_url, fleet):
 
 
 @pytest.fixture
+def slowly(folder):
+    """A file: while it is there, a batch of the model ``slow`` takes a fifth of a second."""
+    yield folder / "slowly"
+    (folder / "slowly").unlink(missing_ok=True)
+
+
+@pytest.fixture
 def texts(tmp_path):
-    """Two thousand texts: some seconds of work."""
+    """Two thousand texts: fifty seconds of work while it is slow."""
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"name": f"t{i}", "text": "x" * (i % 50 + 1)}) + "\n" for i in range(2000)))
     return path
@@ -91,12 +99,13 @@ def test_lines_of_openai_s_batch_format(redis_url, client, tmp_path):
 
 
 def test_a_night_detached_paused_forgotten_by_redis_resumed_gives_the_bytes_of_a_quiet_one(
-    redis_url, client, texts, tmp_path
+    redis_url, client, texts, slowly, tmp_path
 ):
     words = ("slow", texts)
-    options = ("--id", "name", "--columns", "text", "--chunk-rows", 80)
+    options = ("--id", "name", "--columns", "text", "--chunk-rows", 40)
     assert nograd(redis_url, "run", *words, tmp_path / "quiet", *options)[0] == 0
     out = tmp_path / "night"
+    slowly.touch()
     code, started = nograd(redis_url, "run", *words, out, *options, "--detach")
     assert code == 0
     again = client.backfill_at(started["id"])
@@ -105,6 +114,7 @@ def test_a_night_detached_paused_forgotten_by_redis_resumed_gives_the_bytes_of_a
     until(lambda: again.status().running == 0, "the pause")
     stood = again.status()
     assert (stood.state, stood.progress.done) == ("paused", False)
+    slowly.unlink()
     with redis.Redis.from_url(redis_url) as connection:
         connection.flushall()
     assert client.backfill_at(out).status().state == "paused"
@@ -115,10 +125,11 @@ def test_a_night_detached_paused_forgotten_by_redis_resumed_gives_the_bytes_of_a
     assert nograd(redis_url, "verify", out)[0] == 0
 
 
-def test_the_driver_is_killed_and_the_run_goes_on(redis_url, client, texts, tmp_path):
+def test_the_driver_is_killed_and_the_run_goes_on(redis_url, client, texts, slowly, tmp_path):
     out = tmp_path / "out"
+    slowly.touch()
     driver = subprocess.Popen(
-        [NOGRAD, "backfill", "run", "slow", texts, out, "--id", "name", "--chunk-rows", "80"],
+        [NOGRAD, "backfill", "run", "slow", texts, out, "--id", "name", "--chunk-rows", "40"],
         env={**os.environ, "NOGRAD_REDIS_URL": redis_url},
         stderr=subprocess.PIPE,
         text=True,
@@ -128,6 +139,7 @@ def test_the_driver_is_killed_and_the_run_goes_on(redis_url, client, texts, tmp_
     driver.send_signal(signal.SIGKILL)
     driver.communicate()
     assert not (out / "_SUCCESS").exists()
+    slowly.unlink()
     until((out / "_SUCCESS").exists, "the end")
     assert client.backfill_at(out).verify().problems == []
 

@@ -31,6 +31,7 @@ from nograd.tasks.backfill.verify import verify
 from nograd.tasks.backfill.window import Traffic
 from nograd.tasks.errors import PlanChanged
 from nograd.tasks.keys import PRIORITY_SUFFIXES, queue_name
+from waiting import PATIENCE_S, until
 
 #: workers are killed and started again in most of them, on a machine that may have other things to do
 pytestmark = pytest.mark.timeout(600)
@@ -132,7 +133,7 @@ def check_same(job, undisturbed):
     assert sorted(backfills.ids(job)) == list(range(ROWS))
     assert len(backfills.errors(job)) == len(range(7, ROWS, 50))
     assert backfills.committed(job) == backfills.committed(undisturbed)
-    backfills.until(lambda: not job.store.names("_staging"), "the removal of what lost")
+    until(lambda: not job.store.names("_staging"), "the removal of what lost")
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -153,7 +154,7 @@ def let_lose(moments, job, winner):
     """The worker that is held goes on, with a chunk that another has committed."""
     moments.release()
     moments.wait_left()
-    backfills.until(lambda: not job.store.names("_staging"), "the removal of what lost")
+    until(lambda: not job.store.names("_staging"), "the removal of what lost")
     assert find_record(job.store, job.plan, winner.chunk) == winner
 
 
@@ -215,7 +216,7 @@ def test_chunks_whose_sender_died_before_it_sent_them_are_run_though_nobody_driv
     fleet.replace()
     first, _ = backfills.window_of(client, job).top_up(range(job.plan.chunks), most=2)
     send_chunk(client.app, job, first)  # and here whoever sends dies
-    backfills.until(lambda: job.store.size("_SUCCESS"), "the end", 150)
+    until(lambda: job.store.size("_SUCCESS"), "the end")
     check_same(job, undisturbed)
 
 
@@ -226,12 +227,12 @@ def test_redis_is_killed_over_the_last_message_of_a_backfill_that_nobody_drives(
     moments.arm("before the ack")  # and before the next chunks are issued
     (first,) = backfills.window_of(client, job).top_up(range(job.plan.chunks), most=1)
     send_chunk(client.app, job, first)
-    backfills.until(moments.reached, "the commit")
+    until(moments.reached, "the commit")
     server.kill()
     moments.release()
     moments.wait_left()
     server.start()
-    backfills.until(lambda: job.store.size("_SUCCESS"), "the end", 150)
+    until(lambda: job.store.size("_SUCCESS"), "the end")
     check_same(job, undisturbed)
 
 
@@ -246,7 +247,7 @@ def test_redis_and_the_sender_die_between_issuing_chunks_and_sending_them(client
     with pytest.raises((ConnectionError, redis.ConnectionError)):
         pump(job, backfills.window_of(client, job), die)
     server.start()
-    backfills.until(lambda: job.store.size("_SUCCESS"), "the end", 150)
+    until(lambda: job.store.size("_SUCCESS"), "the end")
     check_same(job, undisturbed)
 
 
@@ -273,7 +274,7 @@ def test_redis_comes_back_with_an_older_dump_that_holds_no_message(folder, job, 
         start_worker(
             folder / "models.toml", ready=False, redis_url=server.url, env={"NOGRAD_LEASE_S": str(LEASE_S)}.items()
         )
-        backfills.until(lambda: job.store.size("_SUCCESS"), "the end", 150)
+        until(lambda: job.store.size("_SUCCESS"), "the end")
     finally:
         start_worker.stop(server.url)
         server.kill()
@@ -286,10 +287,10 @@ def test_a_worker_told_to_stop_gives_its_chunk_up_and_another_runs_it(client, fl
     backfills.drive(client, job, until=moments.reached)
     leaving = fleet.of(moments.pid())
     leaving.process.terminate()
-    backfills.until(lambda: "Warm shutdown" in leaving.text(), "its warm shutdown")
+    until(lambda: "Warm shutdown" in leaving.text(), "its warm shutdown")
     moments.release()
     backfills.drive(client, job)
-    assert leaving.process.wait(60) == 0
+    assert leaving.process.wait(PATIENCE_S) == 0
     check_same(job, undisturbed)
     assert "Traceback" not in leaving.text().partition("Warm shutdown")[2]  # nothing is wrong
 
@@ -310,35 +311,34 @@ def numbers(tmp_path):
 
 
 def test_changed_weights_are_refused_by_name_until_they_are_put_back(client, fleet, folder, numbers, tmp_path):
-    fleet.both()
+    workers = [worker.name for worker in fleet.both()]
     job = backfills.planned(client, "linear", numbers, tmp_path / "out", 20)
-    window = backfills.drive(client, job, until=lambda: job.store.names("_commits"))
-    window.wish = "pause"
-    before = set(job.store.names("_commits"))
+    window = backfills.send_first(client, job)
+    until(lambda: job.store.names("_commits"))
     backfills.write_weights(folder, [4.0, 3.0, 2.0, 1.0])
     try:
-        reload(client, "linear")
-        window.wish = "run"
+        reload(client, "linear", workers)
+        backfills.let_go_on(job)
         with pytest.raises(backfills.Paused, match=r"model linear: weights was .*, is "):
             backfills.drive(client, job)
-        assert len(job.store.names("_commits")) <= len(before) + 4  # those that were being run
+        assert len(job.store.names("_commits")) == 1
     finally:
         backfills.write_weights(folder, [1.0, 2.0, 3.0, 4.0])
-        reload(client, "linear")
+        reload(client, "linear", workers)
     window.wish = "run"
     table = backfills.run(client, job)
     assert table["prediction"].to_pylist() == [10.0 * n for n in range(200)]
 
 
-def reload(client, model):
-    told = client.broker.command("nograd_load", {"model": model, "reload": True}, None, 1)
-    assert told
+def reload(client, model, workers):
+    told = client.broker.command("nograd_load", {"model": model, "reload": True}, workers, PATIENCE_S)
+    assert set(told) == set(workers)
 
     def ready():
-        pools = client.broker.workers(1, list(told)).values()
-        return len(pools) == len(told) and all(each["hosting"][model]["status"] == "ready" for each in pools)
+        pools = client.broker.workers(PATIENCE_S, workers).values()
+        return len(pools) == len(workers) and all(each["hosting"][model]["status"] == "ready" for each in pools)
 
-    backfills.until(ready, "the loading")
+    until(ready, "the loading")
 
 
 def test_a_changed_input_is_refused_by_name_until_it_is_put_back(client, fleet, numbers, tmp_path):

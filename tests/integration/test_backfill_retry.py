@@ -7,9 +7,10 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from backfills import nograd, until
+from backfills import nograd
 from nograd.producer import Client
 from nograd.tasks.errors import BackfillError, ConfigError, NotFinished, PlanChanged
+from waiting import until
 
 MODELS = """
 [length]
@@ -37,8 +38,8 @@ class Length:
         return text
 
     def forward(self, batch):
-        if (MENDED / "slow").exists():
-            time.sleep(0.5)
+        while any("odd" in text and text != "odd 3" for text in batch) and (MENDED / "wait").exists():
+            time.sleep(0.01)
         if any("fragile" in text for text in batch) and not (MENDED / "fragile").exists():
             raise RuntimeError("a fragile text")
         return [len(text) for text in batch]
@@ -64,7 +65,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def fleet(folder, start_worker):
     env = {"NOGRAD_LEASE_S": "3", "MENDED": str(folder / "mended")}
-    return start_worker(folder / "models.toml", env=env.items())
+    return start_worker(folder / "models.toml", env=env.items(), lasts=True)
 
 
 @pytest.fixture
@@ -166,12 +167,13 @@ def test_a_retry_is_paused_looked_at_and_gone_on_with_as_the_backfill_is(redis_u
     out = tmp_path / "out"
     client.backfill("length", csv, out, id="key", columns=["text"], rows_per_chunk=1).run(interval_s=0.1)
     (mended / "odd").touch()
-    (mended / "slow").touch()
+    (mended / "wait").touch()  # all but the first
     other = client.backfill_at(out)
     job = client.backfill_at(out)
     assert job.retry(["invalid_input"]).rows == len(ODD)
     until(lambda: other.status().progress.rows_ok > ROWS - 15, "a chunk of the retry")
     other.pause()
+    (mended / "wait").unlink()
     until(lambda: other.status().running == 0, "the pause")
     stood = other.status()
     assert (stood.state, stood.retries, stood.progress.done) == ("paused", 1, False)
@@ -179,7 +181,6 @@ def test_a_retry_is_paused_looked_at_and_gone_on_with_as_the_backfill_is(redis_u
     assert client.backfill_at(job.id).out == str(out)
     with pytest.raises(PlanChanged, match="retry-1 is not finished, and is of other rows"):
         other.retry(["model_failed"])
-    (mended / "slow").unlink()
     assert other.retry(["invalid_input"]).rows == len(ODD)
     end = other.follow(interval_s=0.1)
     assert (end.state, end.progress.rows_err) == ("done", len(FRAGILE))

@@ -33,6 +33,7 @@ from crashes import Moments, read_folder
 from nograd.producer import Client
 from nograd.tasks.backfill.task import hints_of
 from nograd.tasks.errors import BackfillError, SourceError
+from waiting import until
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -51,7 +52,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def worker(folder, start_worker):
-    return start_worker(folder / "models.toml", env={"NOGRAD_LEASE_S": "3"}.items())
+    return start_worker(folder / "models.toml", env={"NOGRAD_LEASE_S": "3"}.items(), lasts=True)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def check_same(job, undisturbed):
     """Every row once, every byte the same."""
     assert sorted(backfills.ids(job)) == list(range(3 * ROWS))
     assert backfills.committed(job) == backfills.committed(undisturbed)
-    backfills.until(lambda: not job.store.names("_staging"), "the removal of what lost")
+    until(lambda: not job.store.names("_staging"), "the removal of what lost")
 
 
 def table(out):
@@ -242,9 +243,11 @@ def test_an_image_that_disappears_midway_is_an_error_row(client, moments, tmp_pa
         (source / f"{n:02}.png").write_bytes(file_of(Image.new("RGB", (n + 1, 2))))
     job = backfills.planned(client, "area", source, tmp_path / "out", 8, sampled=4)
     moments.arm("an image")
-    backfills.drive(client, job, until=moments.reached)
+    backfills.send_first(client, job)
+    until(moments.reached)
     (source / "63.png").unlink()
     moments.release()
+    backfills.let_go_on(job)
     found = backfills.run(client, job)
     assert found["prediction"].to_pylist() == [2.0 * (n + 1) for n in range(63)]
     (failed,) = backfills.errors(job)
@@ -254,11 +257,15 @@ def test_an_image_that_disappears_midway_is_an_error_row(client, moments, tmp_pa
 
 def test_a_full_disk_pauses_the_run_until_there_is_room(client, undisturbed, small_disk):
     job = read_folder(undisturbed, small_disk / "out")
-    window = backfills.drive(client, job, until=lambda: job.store.names("_commits"))
+    window = backfills.send_first(client, job)
+    until(lambda: job.store.names("_commits"))
+    window.wish = "pause"
+    backfills.let_go_on(job)  # it has to write, too
     filler = small_disk / "filler"
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(1024))
+    window.wish = "run"
     with pytest.raises(backfills.Paused, match="No space left on device"):
         backfills.drive(client, job)
     assert job.store.size("_SUCCESS") is None

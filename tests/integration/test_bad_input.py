@@ -18,7 +18,7 @@ ROW = [32.1, 101.0, 4.8598]
 
 @pytest.fixture(scope="module")
 def worker(start_worker):
-    return start_worker(seed_data.EXAMPLES / "models.toml")
+    return start_worker(seed_data.EXAMPLES / "models.toml", lasts=True)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from nograd.producer.embedded import EmbeddedRedis
 from nograd.tasks import transport
 from nograd.tasks.keys import queue_name
 from waiting import PATIENCE_S, until
+from watching import watch
 
 WORKERS = 3
 MODELS = """
@@ -39,6 +41,7 @@ def fleet(tmp_path, monkeypatch):
         command = [sys.executable, "-m", "nograd.producer.cli", "worker", "--models", models, "--gpus", "all"]
         env = {**os.environ, "NOGRAD_REDIS_URL": redis.url, "CUDA_VISIBLE_DEVICES": gpus}
         launcher = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+        watch("the launcher", launcher, Path(log.name).read_text)
         yield client, launcher
         launcher.terminate()
         launcher.wait(PATIENCE_S)

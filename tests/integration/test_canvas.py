@@ -8,7 +8,6 @@ tasks run in the predicting worker itself, or in a stock worker of their own on 
 import contextlib
 import gc
 import re
-import time
 import uuid
 from pathlib import Path
 
@@ -21,8 +20,9 @@ import own_tasks
 import stock_app
 from nograd.tasks import create_app
 from nograd.tasks.settings import Settings
+from waiting import PATIENCE_S as TIMEOUT
+from waiting import until
 
-TIMEOUT = 60
 #: a ChordError names the task that failed
 UUID = re.compile(r"\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b")
 FLEET = Path(own_tasks.__file__).parent
@@ -57,12 +57,6 @@ class Fleet:
         )
 
 
-def until(condition, seconds=TIMEOUT):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-
-
 def parents(result):
     """A result and those before it in its chain, the last one first."""
     while result is not None:
@@ -83,9 +77,9 @@ def fleets(request, start_worker, tmp_path_factory):
     together = request.param == "same worker"
     models = tmp_path_factory.mktemp("canvas") / "models.toml"
     models.write_text('[triple]\nloader = "python"\nclass = "own_tasks:Triple"\nbatch = { max_items = 16 }\n')
-    stock = {"app": "stock_app", "cwd": FLEET}
+    stock = {"app": "stock_app", "cwd": FLEET, "lasts": True}
     with start_worker.redis() as mine, start_worker.redis() as other, contextlib.ExitStack() as stack:
-        start_worker(models, *(["-I", "own_tasks"] if together else []), redis_url=mine.url, cwd=FLEET)
+        start_worker(models, *(["-I", "own_tasks"] if together else []), redis_url=mine.url, cwd=FLEET, lasts=True)
         tasks, queues = (
             ("own_tasks,plain_predict", "own,nograd.triple") if together else ("plain_predict", "nograd.triple")
         )
@@ -244,10 +238,9 @@ CANVASES = {
 @pytest.mark.parametrize("canvas", CANVASES, ids=lambda canvas: canvas.__name__)
 def test_a_canvas_ends_as_on_stock_celery(fleets, canvas):
     ours, stock = (fleet.run(canvas) for fleet in fleets)
-    until(lambda: ours() == stock(), 10)  # a chain's next task may end before the result of the one before is stored
-    ours, stock = ours(), stock()
-    assert ours == stock
-    last, expected = ours[0][0], CANVASES[canvas]
+    # A chain's next task may end before the result of the one before is stored.
+    until(lambda: ours() == stock(), lambda: f"ours: {ours()}\nstock: {stock()}")
+    last, expected = ours()[0][0], CANVASES[canvas]
     if isinstance(expected, str):
         assert (last[0], last[1][0]) == ("FAILURE", expected)
     else:

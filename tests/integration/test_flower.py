@@ -28,7 +28,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(redis_url, models, start_worker):
-    start_worker(models, "--concurrency", "1")
+    start_worker(models, "--concurrency", "1", lasts=True)
     with Client(redis_url, models=models) as made:
         yield made
 

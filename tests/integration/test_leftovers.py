@@ -24,7 +24,7 @@ def redis(redis_url):
 def worker(start_worker, tmp_path_factory):
     models = tmp_path_factory.mktemp("leftovers") / "models.toml"
     models.write_text('[triple]\nloader = "python"\nclass = "own_tasks:Triple"\n')
-    return start_worker(models, "-I", "own_tasks", cwd=FLEET)
+    return start_worker(models, "-I", "own_tasks", cwd=FLEET, lasts=True)
 
 
 def without_ttl(redis):

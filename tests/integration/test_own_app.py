@@ -14,7 +14,7 @@ import backfills
 import own_app
 from crashes import Moments
 from nograd.producer import Client
-from waiting import PATIENCE_S
+from waiting import PATIENCE_S, until
 
 FLEET = Path(own_app.__file__).parent
 LEASE_S = 3
@@ -50,13 +50,13 @@ def test_its_workers_run_a_backfill_to_its_end_though_one_is_killed(redis_url, f
         )
         moments.arm("before the record")
         backfill.start(PATIENCE_S)
-        backfills.until(moments.reached, "the first commit", PATIENCE_S)
+        until(moments.reached, "the first commit")
         assert moments.pid() == first.process.pid
         first.process.kill()
         first.process.wait()
         assert not backfill.status().ended
         start("slow", ready=False)
-        backfills.until(lambda: backfill.job.store.size("_SUCCESS"), "the end", PATIENCE_S)
+        until(lambda: backfill.job.store.size("_SUCCESS"), "the end")
         backfill.verify().check()
         assert backfills.ids(backfill.job) == list(range(ROWS))
 

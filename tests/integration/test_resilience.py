@@ -16,6 +16,7 @@ from nograd.producer import Client
 from nograd.tasks import transport
 from nograd.tasks.errors import WorkerDied
 from waiting import PATIENCE_S, until
+from watching import watch
 
 MODELS = """
 [killer]
@@ -55,10 +56,12 @@ def launch(redis, models, tmp_path):
     processes = []
 
     def launch():
-        log = (tmp_path / f"launcher{len(processes)}.log").open("wb")
+        log = tmp_path / f"launcher{len(processes)}.log"
         command = [sys.executable, "-m", "nograd.producer.cli", "worker", "--models", models, "--gpus", "none"]
         env = {**os.environ, "NOGRAD_REDIS_URL": redis.url}
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+        with log.open("wb") as out:
+            process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
+        watch("a launcher", process, log.read_text)
         processes.append(process)
         return process
 

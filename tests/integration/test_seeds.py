@@ -18,7 +18,7 @@ FULL = {"photos": 32, "gpt2": 64, "regression": 64, "linear": 64, "digits": 256,
 
 @pytest.fixture(scope="module")
 def client(redis_url, start_worker):
-    start_worker(EXAMPLES / "models.toml")
+    start_worker(EXAMPLES / "models.toml", lasts=True)
     with Client(redis_url) as made:
         yield made
 

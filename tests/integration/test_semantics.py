@@ -47,11 +47,10 @@ class Fleet:
         self.app = create_app(Settings(server.url))
         self.redis = redis_client.Redis.from_url(server.url, decode_responses=True)
 
-    def start(self, *args, conf=None):
+    def start(self, *args, conf=None, lasts=False):
         env = {"TEST_CONF": json.dumps(conf or {})}
-        return self._start(
-            self._models, *args, redis_url=self.server.url, app="configured_app", cwd=FLEET, env=env.items()
-        )
+        where = {"redis_url": self.server.url, "app": "configured_app", "cwd": FLEET}
+        return self._start(self._models, *args, env=env.items(), lasts=lasts, **where)
 
     def send(self, model, value, **options):
         return self.app.send_task("nograd.predict", (model, value), queue=f"nograd.{model}", **options)
@@ -105,7 +104,7 @@ def shared(models, start_worker):
     """One worker that does not end in any test, with extended results."""
     with start_worker.redis() as server:
         made = Fleet(server, models, start_worker)
-        made.start(conf={"result_extended": True})
+        made.start(conf={"result_extended": True}, lasts=True)
         yield made
         made.app.close()
 
@@ -115,7 +114,7 @@ def narrow(models, start_worker):
     """One worker that holds a single message: all others are in the queue. Task signals are noted."""
     with start_worker.redis() as server:
         made = Fleet(server, models, start_worker)
-        made.start("-I", "signal_log", "-c", "1")
+        made.start("-I", "signal_log", "-c", "1", lasts=True)
         yield made
         made.app.close()
 

@@ -51,7 +51,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def worker(models, start_worker):
-    return start_worker(models)
+    return start_worker(models, lasts=True)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from nograd.producer import Client
 from nograd.producer.embedded import EmbeddedRedis
 from nograd.tasks import registry
 from waiting import PATIENCE_S, until
+from watching import watch
 
 HERE = Path(__file__).parent
 
@@ -46,7 +47,7 @@ def client(redis_url, register):
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def served_url():
     """A Redis with a worker that serves the models of `stand_in`."""
     with EmbeddedRedis() as server, stand_in(server.url):
@@ -101,7 +102,7 @@ def register():
 
 @contextmanager
 def stand_in(url, app="stand_in", pool=("-P", "threads"), **extra):
-    """A worker process, from its registered models to its end."""
+    """A worker process, from its registered models to its end; a test ends if it ends before."""
     argv = [sys.executable, "-m", "celery", "-A", app, "worker", *pool, "--without-mingle"]
     shared = HERE.with_name("fleet")
     env = {**os.environ, "NOGRAD_REDIS_URL": url, "PYTHONPATH": str(shared), **extra}
@@ -109,15 +110,16 @@ def stand_in(url, app="stand_in", pool=("-P", "threads"), **extra):
     process = subprocess.Popen(argv, env=env, cwd=HERE, stdout=log, stderr=subprocess.STDOUT)
 
     def said():
-        log.seek(0)
-        return log.read().decode()
+        return os.pread(log.fileno(), 1 << 20, 0).decode()  # and where the worker writes stays as it is
 
+    watched = watch(app, process, said, lasts=True)
     try:
-        with log, redis_py.Redis.from_url(url) as connection:
+        with redis_py.Redis.from_url(url) as connection:
             until(lambda: registry.known(connection) or process.poll() is not None, said)
             assert process.poll() is None, said()
-            yield process
+            yield
     finally:
+        watched.let_go()
         process.terminate()
         process.wait(PATIENCE_S)
 

@@ -158,7 +158,7 @@ def test_an_unknown_model_is_exit_code_2_listing_the_known_ones(served_url):
     "words", [["models"], ["status"], ["submit", "echo", "1"], ["result", "x", "--wait"], ["cancel", "x"]]
 )
 def test_without_redis_every_command_is_exit_code_2_within_seconds(words):
-    done = nograd(*words, "--json", "--redis", "redis://:secret@127.0.0.1:1/0", timeout=60)
+    done = nograd(*words, "--json", "--redis", "redis://:secret@127.0.0.1:1/0", timeout=PATIENCE_S)
     assert (done.code, done.document["error"]["code"]) == (2, "broker_unavailable")
     assert done.err == (
         "nograd: no Redis at 127.0.0.1:1 (connection refused): start one with `nograd up --models FILE`, "
@@ -209,7 +209,7 @@ def test_a_reader_that_stops_reading_is_no_error(served_url):
         input=lines,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert done.stdout == "0: 0\n"

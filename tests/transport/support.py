@@ -18,6 +18,7 @@ from celery import Celery
 
 from waiting import PATIENCE_S
 from waiting import until as wait_for
+from watching import watch
 
 OURS = "nograd.tasks.transport:Transport"
 HERE = Path(__file__).parent
@@ -137,6 +138,7 @@ class Worker:
             self.process = subprocess.Popen(
                 command, cwd=HERE, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
             )
+        watch(self.name, self.process, self.log)
 
     def log(self) -> str:
         return self.output.read_text(errors="replace")

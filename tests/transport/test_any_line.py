@@ -16,6 +16,7 @@ import pytest
 from kombu.transport import redis as stock
 
 from nograd.tasks.transport import channel, keeper
+from waiting import PATIENCE_S
 
 from .support import OURS, wait_for
 
@@ -42,7 +43,7 @@ def consume(url: str, transport: str | None, done: int) -> None:
         consumer.qos(prefetch_count=3)
         consumer.consume()
         while len(seen) < MESSAGES + 1:
-            connection.drain_events(timeout=5)
+            connection.drain_events(timeout=PATIENCE_S)
         if opened.__class__ is channel.Channel:
             opened.keeper.beat()
 

@@ -3,6 +3,7 @@
 import threading
 
 from nograd.workers.crew import Crew
+from waiting import PATIENCE_S
 
 
 def test_bulk_is_done_last_and_everything_is_done():
@@ -12,7 +13,7 @@ def test_bulk_is_done_last_and_everything_is_done():
         crew.submit(("bulk", n), bulk=True)
         crew.submit(("now", n))
     crew.start()
-    assert crew.finish(10)
+    assert crew.finish(PATIENCE_S)
     assert done == [("now", n) for n in range(4)] + [("bulk", n) for n in range(4)]
 
 
@@ -32,7 +33,7 @@ def test_in_the_middle_of_bulk_the_others_may_overtake():
     def work(items):
         if items == ["bulk"]:
             begun.set()
-            waits.wait(10)
+            waits.wait(PATIENCE_S)
             assert crew.overtake()
             assert not crew.overtake()
         done.extend(items)
@@ -40,12 +41,12 @@ def test_in_the_middle_of_bulk_the_others_may_overtake():
     crew = Crew("test", 1, work)
     crew.start()
     crew.submit("bulk", bulk=True)
-    begun.wait(10)
+    begun.wait(PATIENCE_S)
     crew.submit("more bulk", bulk=True)
     crew.submit("a")
     crew.submit("b")
     waits.set()
-    assert crew.finish(10)
+    assert crew.finish(PATIENCE_S)
     assert done == ["a", "b", "bulk", "more bulk"]
 
 
@@ -61,7 +62,7 @@ def test_many_threads_do_each_item_once():
         thread.start()
     for thread in threads:
         thread.join()
-    assert crew.finish(30)
+    assert crew.finish(PATIENCE_S)
     assert sorted(done) == sorted((k, n) for k in range(3) for n in range(2000))
 
 
@@ -75,6 +76,6 @@ def test_what_waits_can_be_withdrawn_and_is_then_done_by_nobody():
     assert crew.withdraw(2)
     assert not crew.withdraw(1)
     crew.start()
-    assert crew.finish(10)
+    assert crew.finish(PATIENCE_S)
     assert done == [0, 3]
     assert not crew.withdraw(3)

@@ -11,6 +11,7 @@ from nograd.tasks.modelfile import load_model_file
 from nograd.workers.batching import Item
 from nograd.workers.engine import Engine, Hooks
 from nograd.workers.models import open_model
+from waiting import PATIENCE_S as TIMEOUT
 
 CODE = """
 import threading
@@ -36,13 +37,13 @@ class Stepwise(Echo):
     def forward(self, batch):
         log.append(len(batch))
         entered.set()
-        gate.wait(30)
+        gate.wait(180)
         return batch
 
 
 class Late(Echo):
     def load(self, device):
-        gate.wait(30)
+        gate.wait(180)
 
 
 class Lost(Echo):
@@ -80,7 +81,6 @@ class = "engine_models:Late"
 loader = "python"
 class = "engine_models:Broken"
 """
-TIMEOUT = 30
 
 
 class Job:

@@ -164,8 +164,7 @@ def test_a_model_is_loaded_and_unloaded_while_others_work_and_no_job_is_lost(fle
     assert "LET GO 10" in fleet.worker.text()
     left = client.broker.waiting(["extra"])["extra"]
     assert left > 0
-    done = [job for job in waiting if job.done()]
-    assert len(done) + left == len(waiting)
+    until(lambda: sum(job.done() for job in waiting) + left == len(waiting))
     assert "extra" in client.models()
 
     slowly.unlink()
@@ -259,11 +258,11 @@ def test_other_models_answer_while_one_is_loaded(fleet, client):
         fleet.nograd("models", "load", "extra", "--timeout", "0")[1]["workers"][fleet.worker.name]["status"]
         == "loading"
     )
-    assert [job.result(60) for job in client.submit_many("steady", range(20))] == [2 * n for n in range(20)]
+    assert [job.result(TIMEOUT) for job in client.submit_many("steady", range(20))] == [2 * n for n in range(20)]
     assert fleet.state("extra")["status"] == "loading"
     gate.touch()
     assert fleet.nograd("models", "load", "extra")[0] == 0
-    assert client.submit("extra", 1).result(60) == 10
+    assert client.submit("extra", 1).result(TIMEOUT) == 10
 
 
 def test_a_load_that_hangs_fails_in_time_and_says_where_and_the_worker_goes_on(fleet, client, traffic):
@@ -274,7 +273,7 @@ def test_a_load_that_hangs_fails_in_time_and_says_where_and_the_worker_goes_on(f
     assert "[hanging]: loading takes longer than load_timeout_s = 1 s" in said["error"]["message"]
     assert "time.sleep(1000)" in fleet.worker.text()
     assert fleet.nograd("models", "load", "extra")[0] == 0  # the next change does not wait for it
-    assert client.submit("extra", 1).result(60) == 10
+    assert client.submit("extra", 1).result(TIMEOUT) == 10
     assert traffic() > 0
     assert fleet.worker.stop() == 0
 

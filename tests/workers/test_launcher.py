@@ -19,6 +19,7 @@ from nograd.workers import launcher
 from nograd.workers.launcher import visible_gpus
 from nograd.workers.resources import usable_cores
 from waiting import PATIENCE_S, until
+from watching import watch
 
 TINY = """
 import torch
@@ -124,6 +125,7 @@ class Launched:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "nograd.producer.cli", *words], env=environment, stdout=out, stderr=out
             )
+        watch("a launcher", self.process, self.text)
 
     def text(self):
         return self.log.read_text(errors="replace")

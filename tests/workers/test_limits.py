@@ -134,7 +134,7 @@ def _impatient(folder):
 
 @pytest.fixture(scope="module")
 def worker(start_worker, models, client):
-    made = start_worker(models, "-Q", "nograd.waits,nograd.log")
+    made = start_worker(models, "-Q", "nograd.waits,nograd.log", lasts=True)
     assert client.submit("waits", None).result(TIMEOUT) is None  # from here on it consumes
     return made
 

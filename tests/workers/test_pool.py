@@ -71,7 +71,7 @@ shape = [4]
 
 @pytest.fixture(scope="module")
 def worker(start_worker, models):
-    return start_worker(models)
+    return start_worker(models, lasts=True)
 
 
 @pytest.fixture(scope="module")

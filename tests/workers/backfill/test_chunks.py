@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fleet(folder, start_worker):
-    return start_worker(folder / "models.toml", env={"NOGRAD_LEASE_S": "3"}.items())
+    return start_worker(folder / "models.toml", env={"NOGRAD_LEASE_S": "3"}.items(), lasts=True)
 
 
 @pytest.fixture
@@ -86,16 +86,16 @@ def test_a_killed_worker_costs_nothing_and_changes_no_byte(redis_url, folder, cl
         pa.table({name: rng.standard_normal(20_000) for name in "abcd"}), tmp_path / "in.parquet", row_group_size=5000
     )
     job = planned(client, "linear", tmp_path / "in.parquet", tmp_path / "out", 400)
-    victims = []
+    start = functools.partial(start_worker, folder / "models.toml", env={"NOGRAD_LEASE_S": "3"}.items())
+    victims = [start(ready=False) for _ in range(2)]
+    for worker in victims:
+        worker.wait_until_ready()
 
     def kill_some():
-        if len(victims) < 2 and progress(job).chunks_done > 10 * len(victims):
-            victims.append(start_worker(folder / "models.toml", env={"NOGRAD_LEASE_S": "3"}.items()))
-            time.sleep(0.2)
-            victims[-1].process.kill()
+        if victims and progress(job).chunks_done > 10 * (3 - len(victims)):
+            victims.pop().process.kill()
 
-    drive(client, job, 120, until=kill_some)
-    assert victims
+    drive(client, job, until=kill_some)
     again = planned(client, "linear", tmp_path / "in.parquet", tmp_path / "again", 400)
     run(client, again)
     verify(job).check()

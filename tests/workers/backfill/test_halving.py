@@ -13,6 +13,7 @@ from nograd.tasks.modelfile import load_model_file
 from nograd.workers.backfill.block import Block
 from nograd.workers.batching import Item
 from nograd.workers.engine import Engine
+from waiting import PATIENCE_S as TIMEOUT
 
 CODE = """
 import threading
@@ -30,7 +31,7 @@ class Picky:
     def forward(self, batch):
         forwards.append(list(batch))
         entered.set()
-        assert gate.wait(60)
+        assert gate.wait(180)
         if any(value < 0 for value in batch):
             raise ValueError("negative")
         if len(batch) > 3 and max(batch) > 100:
@@ -43,7 +44,6 @@ loader = "python"
 class = "halving_models:Picky"
 batch = { max_items = 16 }
 """
-TIMEOUT = 60
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import threading
-import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,6 +24,7 @@ from nograd.tasks.backfill.watchlist import Watchlist
 from nograd.tasks.backfill.window import SENDING_S, SPARE, Window
 from nograd.tasks.keys import CHUNKS, PRIORITY_SUFFIXES
 from nograd.workers.backfill.lookout import Lookout
+from waiting import PATIENCE_S, until
 
 LIST = "nograd.length" + PRIORITY_SUFFIXES[CHUNKS // 3]
 
@@ -138,18 +137,13 @@ def test_one_that_is_closing_leaves_everything_to_others(app, connection, job):
 
 
 def test_it_looks_again_and_again_until_it_is_finished(app, connection, job):
-    before = set(threading.enumerate())
     running = Lookout(app, connection, lambda: ["length"], every_s=0.01)
     running.start()
-    (thread,) = set(threading.enumerate()) - before
     try:
-        until = time.monotonic() + 60
         for _ in range(2):
-            while connection.llen(LIST) < SPARE:
-                assert time.monotonic() < until
-                time.sleep(0.01)
+            until(lambda: connection.llen(LIST) >= SPARE)
             connection.delete(LIST)
             Window(connection, hints_of(job)).find_lost("length", sending_s=0)
     finally:
-        running.finish(60)
-    assert not thread.is_alive()
+        running.finish(PATIENCE_S)
+    assert not running._thread.is_alive()

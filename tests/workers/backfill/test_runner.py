@@ -30,6 +30,7 @@ from nograd.tasks.settings import Settings
 from nograd.workers.backfill.runner import BoundTask, ChunkRunner
 from nograd.workers.engine import Engine, Hooks
 from nograd.workers.models import open_model
+from waiting import PATIENCE_S as TIMEOUT
 
 MODELS = """
 [length]
@@ -38,7 +39,6 @@ class = "runner_models:Length"
 input = "text"
 batch = { max_items = 4 }
 """
-TIMEOUT = 60
 CLASSES = """
 import threading
 
@@ -49,7 +49,7 @@ arrived, gate = threading.Event(), threading.Event()
 
 def wait(text):
     arrived.set()
-    assert gate.wait(60)
+    assert gate.wait(180)
     return text
 
 
