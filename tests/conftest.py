@@ -200,6 +200,15 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", folder], check=True)  # a worker keeps the last plan open
 
 
+@pytest.fixture(scope="module")
+def object_store(tmp_path_factory):
+    """An S3 server behind ``s3://``."""
+    import object_store
+
+    with object_store.running(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
 @pytest.fixture
 def connection(redis_url):
     """A client of the shared Redis, empty."""

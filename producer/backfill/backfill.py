@@ -29,6 +29,7 @@ from nograd.tasks.backfill.progress import Progress
 from nograd.tasks.backfill.pump import Pumped, pump
 from nograd.tasks.backfill.retry import draft_retry, give_up, remaining, rows_of
 from nograd.tasks.backfill.store import open_store
+from nograd.tasks.backfill.store_remote import RemoteStore
 from nograd.tasks.backfill.store_retry import RetryStore
 from nograd.tasks.backfill.task import hints_of, send_chunk
 from nograd.tasks.backfill.verify import Report, verify_all
@@ -138,6 +139,8 @@ class Backfill:
             request = dataclasses.replace(request, rows_per_chunk=planned.plan.rows_per_chunk)
         else:
             plans.check_vacant(self._store)  # before a sample is scored
+            if save and isinstance(self._store, RemoteStore):
+                self._store.probe()  # likewise; there is no folder that a refusal would leave
         prepared = planning.prepare(self._client, request, self.out, timeout_s)
         if planned is not None:
             fingerprint.check(planned, model=prepared.draft.plan.model)

@@ -29,6 +29,11 @@ class _Lazy:
         return value
 
 
+def is_foreign(err: Exception) -> bool:
+    """Whether an error is of a kind that only some library behind fsspec knows: no credentials, no answer of a host."""
+    return not isinstance(err, OSError) and type(err).__module__.split(".")[0] not in {"builtins", "nograd"}
+
+
 pa: Any = _Lazy("pyarrow")
 pc: Any = _Lazy("pyarrow.compute")
 pq: Any = _Lazy("pyarrow.parquet")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import redis
 
@@ -20,6 +21,9 @@ from nograd.tasks.backfill import plan as plans
 from nograd.tasks.backfill.plan import Job
 from nograd.tasks.backfill.store import open_store
 from waiting import until
+
+#: seconds a worker may be silent
+LEASE_S = 3
 
 
 class Redis:
@@ -61,6 +65,38 @@ class Redis:
         assert self.process is not None
         self.process.kill()
         self.process.wait()
+
+
+class Fleet:
+    """Keeps two workers alive; one that was killed is replaced without waiting for the new one."""
+
+    def __init__(self, start: Any, models: Path) -> None:
+        self._start = lambda: start(models, ready=False, env={"NOGRAD_LEASE_S": str(LEASE_S)}.items())
+        self.workers = [self._start()]
+        self.workers[0].wait_until_ready()
+
+    def replace(self) -> None:
+        """Start as many as are missing."""
+        self.workers = [worker for worker in self.workers if worker.alive()]
+        while len(self.workers) < 2:
+            self.workers.append(self._start())
+
+    def both(self) -> list[Any]:
+        """Wait for two workers."""
+        self.replace()
+        for worker in self.workers:
+            worker.wait_until_ready()
+        return self.workers
+
+    def kill(self) -> None:
+        """All of them, as the machine would."""
+        for worker in self.workers:
+            worker.process.kill()
+            worker.process.wait()
+
+    def of(self, pid: int) -> Any:
+        """The worker with this process."""
+        return next(worker for worker in self.workers if worker.process.pid == pid)
 
 
 #: in the order in which a chunk comes by

@@ -17,7 +17,7 @@ import pytest
 import redis
 
 import backfills
-from crashes import MOMENTS, Moments, Redis, read_folder
+from crashes import LEASE_S, MOMENTS, Fleet, Moments, Redis, read_folder
 from nograd.producer import Client
 from nograd.tasks.backfill import plan as plans
 from nograd.tasks.backfill.commit import find_record
@@ -36,8 +36,6 @@ from waiting import PATIENCE_S, until
 #: workers are killed and started again in most of them, on a machine that may have other things to do
 pytestmark = pytest.mark.timeout(600)
 
-#: seconds a worker may be silent
-LEASE_S = 3
 #: rows of the backfill, none a multiple of the chunk, and of a chunk, none a multiple of the batch
 ROWS, CHUNK, BATCH = 187, 36, 8
 
@@ -57,32 +55,6 @@ def server(tmp_path_factory):
     server.start()
     yield server
     server.kill()
-
-
-class Fleet:
-    """Keeps two workers alive; one that was killed is replaced without waiting for the new one."""
-
-    def __init__(self, start, models):
-        self._start = lambda: start(models, ready=False, env={"NOGRAD_LEASE_S": str(LEASE_S)}.items())
-        self.workers = [self._start()]
-        self.workers[0].wait_until_ready()
-
-    def replace(self):
-        """Start as many as are missing."""
-        self.workers = [worker for worker in self.workers if worker.alive()]
-        while len(self.workers) < 2:
-            self.workers.append(self._start())
-
-    def both(self):
-        """Wait for two workers."""
-        self.replace()
-        for worker in self.workers:
-            worker.wait_until_ready()
-        return self.workers
-
-    def of(self, pid):
-        """The worker with this process."""
-        return next(worker for worker in self.workers if worker.process.pid == pid)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from . import csv as csv_
 from . import images, jsonl, listing, parquet
 from .base import Files, Reader, Request, Survey
 from .images import read_image
-from .listing import Found, is_remote
+from .listing import Found, is_remote, readable
 
 if TYPE_CHECKING:
     import fsspec
@@ -125,12 +125,12 @@ def sha256_of(url: str) -> str:
         SourceError: if it cannot be read.
     """
     sha = hashlib.sha256()
-    try:
-        with open(url, "rb") if not is_remote(url) else fsspec.open(url, "rb").open() as file:  # noqa: PTH123
-            while block := file.read(1 << 20):
-                sha.update(cast("bytes", block))
-    except OSError as err:
-        raise SourceError(f"{url}: cannot be read: {err.strerror or err}") from err
+    with (
+        readable(url),
+        open(url, "rb") if not is_remote(url) else fsspec.open(url, "rb").open() as file,  # noqa: PTH123
+    ):
+        while block := file.read(1 << 20):
+            sha.update(cast("bytes", block))
     return sha.hexdigest()
 
 

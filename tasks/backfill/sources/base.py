@@ -17,7 +17,7 @@ from nograd.tasks.backfill.plan import Extent, InputFile, SourceSpec
 from nograd.tasks.backfill.rows import RowFailure, Slice
 from nograd.tasks.errors import PlanChanged, SourceError
 
-from .listing import Found, is_remote, stat
+from .listing import Found, is_remote, readable, stat
 
 if TYPE_CHECKING:
     import fsspec
@@ -208,14 +208,11 @@ def open_file(file: InputFile) -> BinaryIO:
         PlanChanged: if it is gone or another.
         SourceError: if it cannot be opened.
     """
-    try:
-        now = stat(file.url)
-        check_unchanged(file, now)
+    with readable(file.name):
+        check_unchanged(file, stat(file.url))
         if not is_remote(file.url):
             return open(file.url, "rb")  # noqa: PTH123 - the caller closes it
         return cast("BinaryIO", fsspec.open(file.url, "rb").open())
-    except OSError as err:
-        raise SourceError(f"{file.name}: cannot be read: {err.strerror or err}") from err
 
 
 def check_unchanged(file: InputFile, now: Found | None) -> None:

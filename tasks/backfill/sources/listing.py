@@ -6,6 +6,7 @@ file system. Hidden files, and those whose name or folder begins with ``_``, are
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import glob
 import os
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from nograd.tasks.backfill.extra import is_foreign
 from nograd.tasks.errors import SourceError
 
 if TYPE_CHECKING:
@@ -95,6 +97,10 @@ def list_files(urls: Sequence[str]) -> list[Found]:
             raise SourceError(f"{url}: cannot be listed: {err.strerror or err}") from err
         except (ImportError, ValueError) as err:
             raise SourceError(f"{url}: {err}") from err
+        except Exception as err:
+            if is_foreign(err):
+                raise SourceError(f"{url}: cannot be listed: {err}") from err
+            raise
         if not files:
             raise SourceError(f"{url}: no files there")
         found.extend(files)
@@ -110,6 +116,17 @@ def stat(url: str) -> Found | None:
         return _of_info(url, url, fs.info(path), named=True)
     except FileNotFoundError:
         return None
+
+
+@contextlib.contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Turn what keeps a file from being read into `SourceError`, whatever library says so."""
+    try:
+        yield
+    except Exception as err:
+        if isinstance(err, OSError) or is_foreign(err):
+            raise SourceError(f"{name}: cannot be read: {getattr(err, 'strerror', None) or err}") from err
+        raise
 
 
 def _local(url: str) -> Iterator[Found]:

@@ -7,8 +7,10 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from nograd.tasks.backfill.plan import check_vacant
+from nograd.tasks.backfill.sources import survey
 from nograd.tasks.backfill.store import open_store
-from nograd.tasks.errors import OutputError
+from nograd.tasks.errors import OutputError, SourceError
+from object_store import environment
 
 
 class Conditional(MemoryFileSystem):
@@ -42,12 +44,15 @@ class Plain(fsspec.AbstractFileSystem):
     protocol = "plain"
 
 
-@pytest.fixture(params=["local", "conditional"])
+@pytest.fixture(params=["local", "conditional", "s3"])
 def store(request, tmp_path):
     fsspec.register_implementation("conditional", Conditional, clobber=True)
     fsspec.register_implementation("careless", Careless, clobber=True)
     fsspec.register_implementation("plain", Plain, clobber=True)
     Conditional.store.clear()
+    if request.param == "s3":
+        request.getfixturevalue("object_store")
+        return open_store(f"s3://data/{tmp_path.name}")
     return open_store(tmp_path / "out" if request.param == "local" else "conditional://bucket/out")
 
 
@@ -147,3 +152,48 @@ def test_a_place_that_cannot_be_written_is_refused_by_name(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(OutputError, match=f"{tmp_path}/file/out"):
         open_store(tmp_path / "file" / "out").probe()
+
+
+@pytest.mark.parametrize("bucket", ["terse", "busy"])
+def test_a_store_may_say_in_its_own_way_that_a_name_is_taken(object_store, bucket):
+    store = open_store(f"s3://{bucket}/out")
+    assert store.probe() == "put"
+    assert store.create("a", b"first")
+    assert not store.create("a", b"second")
+    assert store.read("a") == b"first"
+
+
+@pytest.mark.parametrize(
+    ("bucket", "told"),
+    [
+        ("careless", r"cannot hold a backfill \(creating an object a second time .*\): .* name a store that has them"),
+        ("lacking", r"cannot hold a backfill \(A header .*not implemented\): .* name a store that has them"),
+        ("nosuch", "The specified bucket does not exist; make it first"),
+        ("private", "The AWS Access Key Id you provided does not exist"),
+    ],
+)
+def test_a_bucket_that_cannot_hold_a_backfill_is_refused_by_name_and_cause(object_store, bucket, told):
+    with pytest.raises(OutputError, match=f"s3://{bucket}/out.*{told}"):
+        open_store(f"s3://{bucket}/out").probe()
+
+
+def test_what_is_too_large_for_one_request_does_not_take_a_name_either(object_store, tmp_path):
+    store = open_store(f"s3://data/{tmp_path.name}")
+    assert store.create("a", b"first")
+    assert not store.create("a", bytes(101 << 20))
+    assert store.read("a") == b"first"
+
+
+def test_without_credentials_nothing_is_read_or_written_and_it_is_said_why(object_store):
+    with environment({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}):
+        with pytest.raises(OutputError, match=r"s3://data/out.*: Unable to locate credentials"):
+            open_store("s3://data/out").read("_plan.json")
+        with pytest.raises(SourceError, match=r"s3://data/in: cannot be listed: Unable to locate credentials"):
+            survey("s3://data/in")
+
+
+def test_inputs_that_are_not_there_or_not_ours_are_told(object_store):
+    with pytest.raises(SourceError, match="s3://nosuch/in: no such file or folder"):
+        survey("s3://nosuch/in")
+    with pytest.raises(SourceError, match="s3://private/in: cannot be listed: "):
+        survey("s3://private/in")
