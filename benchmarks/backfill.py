@@ -35,7 +35,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import redis
 from common import fleet, hosted
-from common.drive import peak_mb
+from common.peak import peak_mb
 from common.stats import paired_ratio
 
 from nograd.producer.embedded import EmbeddedRedis

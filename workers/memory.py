@@ -1,4 +1,4 @@
-"""What the models of a worker hold on its device, and how much they may.
+"""What the models of a worker hold on its device, how much they may, and giving back what is no longer held.
 
 Laws:
 
@@ -9,9 +9,12 @@ Laws:
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import nn
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
 
 #: part of a GPU's memory that models may hold if nobody says otherwise
 DEFAULT_SHARE = 0.9
+#: seconds between two trims in the middle of work: each takes some milliseconds, and what is used again has to be got
+#: again
+OFTEN_S: Final = 1.0
 
 
 class MemoryBudget:
@@ -88,10 +94,35 @@ def tensor_bytes(modules: Iterable[nn.Module]) -> int:
 
 
 def free(device: torch.device) -> None:
-    """Collect what nobody refers to any more, and give what the allocator keeps of it back to the device."""
+    """Collect what nobody refers to any more, and give what the allocators keep of it back."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    trim()
+
+
+_trimmed = float("-inf")
+
+
+def trim(after_s: float = 0.0) -> None:
+    """Return to the system what this process has freed on the CPU. Nothing where the C library is not glibc.
+
+    What a thread has freed stays with that thread: without this a worker's memory grows to what decoding, stacking and
+    the forwards each took at their largest, together.
+
+    Args:
+        after_s: only if this was not done for so many seconds.
+    """
+    global _trimmed  # noqa: PLW0603 - of the process, as its memory is; two threads that both trim do no harm
+    now = time.monotonic()
+    if now - _trimmed >= after_s and (malloc_trim := _malloc_trim()) is not None:
+        _trimmed = now
+        malloc_trim(0)
+
+
+@cache
+def _malloc_trim() -> Any:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 def _allocated(device: torch.device) -> int:

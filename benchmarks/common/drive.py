@@ -6,16 +6,10 @@ import json
 import sys
 import time
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
+from common.peak import peak_mb
 from nograd.producer import Client
-
-
-def peak_mb(pid: int | str) -> int:
-    """The most memory a process has had resident."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6)
 
 
 def drive(url: str, model: str, source: str, out: str, options: dict[str, Any]) -> int:
@@ -34,7 +28,7 @@ def drive(url: str, model: str, source: str, out: str, options: dict[str, Any]) 
         plan_s, run_s, close_s = (after - before for before, after in pairwise(times))
         progress = backfill.status().progress
     told = {"seconds": run_s, "plan s": plan_s, "close s": close_s, "rows": progress.rows_ok, "chunks": progress.chunks}
-    print(json.dumps({**told, "MB": peak_mb("self")}))
+    print(json.dumps({**told, "MB": peak_mb()}))
     return 0
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from common.hosted import IMAGE_BATCH, MLP, NUMBERS_BATCH
+from common.peak import peak_mb
 from common.raw import ResNet
 
 
@@ -114,8 +114,7 @@ def lightning_numbers(models: Path, source: Path, out: Path) -> int:
 
 def _told(began: float, rows: int) -> int:
     seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-    print(json.dumps({"seconds": seconds, "rows": rows, "MB": round(peak)}))
+    print(json.dumps({"seconds": seconds, "rows": rows, "MB": peak_mb()}))
     return 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from functools import cache
@@ -13,6 +12,7 @@ from typing import Any
 
 from celery import Celery, group
 
+from common.peak import peak_mb
 from common.raw import ResNet
 
 URL = os.environ["NOGRAD_REDIS_URL"]
@@ -37,8 +37,7 @@ def main() -> int:
     began = time.perf_counter()
     found = group(image.s(path) for path in files)().get()
     seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-    print(json.dumps({"seconds": seconds, "rows": len(found), "MB": round(peak)}))
+    print(json.dumps({"seconds": seconds, "rows": len(found), "MB": peak_mb()}))
     return 0
 
 

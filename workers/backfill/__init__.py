@@ -6,6 +6,6 @@
                read, prepare ─► block ─► device      PartWriter
 
 `runner` takes a chunk from its claim to its commit, `attempt` holds it meanwhile; `scoring` turns its rows into
-predictions; a `block` is a batch of rows on its way over the device; `suspects` finds the row that kills workers;
-`trim` gives memory back. A `lookout` keeps going what lost its messages.
+predictions; a `block` is a batch of rows on its way over the device; `suspects` finds the row that kills workers.
+A `lookout` keeps going what lost its messages.
 """

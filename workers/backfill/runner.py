@@ -40,6 +40,7 @@ from nograd.tasks.backfill.task import ChunkCall, Sample, hints_at, send_chunk, 
 from nograd.tasks.backfill.window import Window
 from nograd.tasks.errors import BackfillError, OutputError, PlanChanged, SourceError, UnknownModel
 from nograd.workers.engine import Engine
+from nograd.workers.memory import trim
 from nograd.workers.models import HostedModel
 from nograd.workers.risk import Gate
 from nograd.workers.trace import Returned
@@ -48,7 +49,6 @@ from .attempt import Attempt, GivenUp, hint
 from .block import Block
 from .measure import Measurement
 from .scoring import Device, Scorer, lead_for, scorer_for
-from .trim import trim
 
 logger = logging.getLogger(__name__)
 

@@ -26,13 +26,13 @@ from nograd.tasks.backfill.plan import SourceSpec
 from nograd.tasks.backfill.rows import RowFailure, Slice, Stage
 from nograd.tasks.errors import InvalidInput, NogradError, SourceError, UnknownModel, WorkerDied
 from nograd.workers.engine import as_invalid
+from nograd.workers.memory import OFTEN_S, trim
 from nograd.workers.models import HostedModel
 from nograd.workers.models.tensor_model import TensorModel
 from nograd.workers.outputs import finish
 
 from .block import Block
 from .columns import input_of, numeric, to_array
-from .trim import OFTEN_S, trim
 
 #: batches on their way over the device at a time: one there, one that waits for it, one whose outputs are written
 BLOCKS = 3
@@ -53,8 +53,9 @@ class Lead:
 
 #: for what must not wait while the CPU is at something else: a GPU, or whatever else a forward waits for
 FAR = Lead(3, BLOCKS)
-#: for a CPU, which can prepare or run, and gains nothing by more: a worker holds up to two chunks' rows
-NEAR = Lead(0, 2)
+#: for a CPU, which can prepare or run, and gains nothing by more: while a batch of one chunk runs, the worker's other
+#: chunk prepares its next one
+NEAR = Lead(0, 1)
 
 #: prepared rows that wait for company, in batches: of images that all have a size of their own, most would wait
 GROUPED = 16

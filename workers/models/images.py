@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from nograd.tasks.errors import InvalidInput, ModelFailed
 
 from .classes import import_object
+from .without_compiler import without_compiler
 
 if TYPE_CHECKING:
     from nograd.tasks.modelfile import ImageTransform
@@ -119,7 +120,8 @@ def configured_transform(model: HostedModel) -> Transform | None:
 
 def _from_table(spec: ImageTransform) -> Transform:
     """The steps of torchvision's own classification preset, so that a table can say what the weights' transforms do."""
-    from torchvision.transforms import functional as F  # noqa: N812 - its usual name
+    with without_compiler():
+        from torchvision.transforms import functional as F  # noqa: N812 - its usual name
 
     def transform(image: Image.Image) -> torch.Tensor:
         if spec.resize is not None:

@@ -7,12 +7,15 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torchvision
 
 from nograd.tasks.modelfile import TorchvisionSpec
 
 from .tensor_model import TensorModel
 from .weights import SUFFIXES, load_weights
+from .without_compiler import without_compiler
+
+with without_compiler():
+    import torchvision
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

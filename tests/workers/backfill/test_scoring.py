@@ -94,19 +94,26 @@ def hosted(tmp_path, monkeypatch):
     sys.modules.pop("scoring_models", None)
 
 
-def scored(model, source, slices):
-    def run(block):
-        with torch.no_grad():
-            block.settle(0, len(block.rows), model.forward(block.rows, {}))
-        block.finish(None)
+def run(model, block):
+    with torch.no_grad():
+        block.settle(0, len(block.rows), model.forward(block.rows, {}))
+    block.finish(None)
 
-    device = Device(
-        submit=run,
+
+def device_of(block, submit, lead=FAR):
+    return Device(
+        submit=submit,
         check=lambda: None,
-        block=lambda rows: Block("id", None, {}, rows, []),
+        block=block,
         note=lambda *_: None,
         guard=lambda _: contextlib.nullcontext(),
+        lead=lead,
     )
+
+
+def scored(model, source, slices, device=None):
+    if device is None:
+        device = device_of(lambda rows: Block("id", None, {}, rows, []), lambda block: run(model, block))
     with ThreadPoolExecutor(1) as threads:
         return list(scorer_for(model, source, {}, device, threads, batch_rows=4).score(slices))
 
@@ -151,3 +158,57 @@ def test_a_missing_whole_number_does_not_round_its_neighbours():
     assert to_array(batch, ["a", "b"], scalars=False) is None
     whole = pa.record_batch({"a": pa.array([2**53 + 1, 5]), "b": pa.array([1, 2])})
     assert to_array(whole, ["a", "b"], scalars=False)[0, 0] == 2**53 + 1
+
+
+COUNTED = """
+import weakref
+import torch
+
+held, most = weakref.WeakSet(), 0
+
+class Prepared:
+    def __init__(self, number):
+        self.number = number
+
+class Counted:
+    def load(self, device):
+        self.net = torch.nn.Linear(1, 1).eval()
+
+    def prepare(self, text):
+        global most
+        row = Prepared(int(text))
+        held.add(row)
+        most = max(most, len(held))
+        return row
+
+    def forward(self, batch):
+        return [2 * row.number for row in batch]
+"""
+
+
+class Late(Block):
+    """Of a device that runs nothing before somebody waits for it."""
+
+    def wait(self, timeout_s):
+        run(self.params["model"], self)
+        return super().wait(timeout_s)
+
+
+@pytest.mark.parametrize(("lead", "batches"), [(NEAR, 1), (FAR, FAR.slices + FAR.blocks)])
+def test_no_more_rows_are_held_than_the_lead_over_the_device_says(tmp_path, monkeypatch, lead, batches):
+    (tmp_path / "counted_models.py").write_text(COUNTED)
+    (tmp_path / "models.toml").write_text('[m]\nloader = "python"\nclass = "counted_models:Counted"\ninput = "text"\n')
+    (tmp_path / "in.csv").write_text("id,text\n1,a\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = survey(tmp_path / "in.csv", id="id", columns=["text"]).spec
+    slices = slices_of(pa.table({"id": range(40), "text": [str(n) for n in range(40)]}))
+    model = open_model(load_model_file(tmp_path / "models.toml"), "m")
+    try:
+        model.load(torch.device("cpu"))
+        device = device_of(lambda rows: Late("id", None, {"model": model}, rows, []), lambda block: None, lead)
+        found = [value for each in scored(model, source, slices, device) for value in each.predictions]
+        most = sys.modules["counted_models"].most
+    finally:
+        sys.modules.pop("counted_models", None)
+    assert found == [2 * n for n in range(40)]
+    assert most <= batches * len(slices[0])
