@@ -5,9 +5,9 @@ Laws:
 * An open backfill whose model is hosted somewhere goes on by itself, whatever was lost of its messages, in a restart of
   Redis or with a sender: within some leases somebody looks, and `pump` sends what is missing. That holds as long as
   Redis still has the `watchlist`; once that is lost as well, the next who resumes or follows the backfill begins anew.
-* A worker looks only at what it could run. One that cannot see the folder leaves it to another, and says so once. A
-  folder that hangs (a network mount whose server is away) holds this worker's lookout for as long, and nothing else of
-  the worker; other workers look after the other backfills.
+* A worker looks only at what it could run. One that cannot see the folder leaves it to another, and says so once.
+* A folder that hangs (a network mount whose server is away) keeps nobody from the others: the look at it goes on by
+  itself after `PATIENCE_S`, and there is never more than one of a worker's at one folder.
 * What is paused, cancelled or finished is let go of. Nothing is decided here: `pump` is what any worker does after a
   chunk.
 * A fleet costs Redis one command a worker and lease, and storage one look a backfill and lease, however many look.
@@ -15,11 +15,12 @@ Laws:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Final
 
 import redis
 from kombu.exceptions import OperationalError
@@ -33,6 +34,9 @@ from nograd.tasks.backfill.window import Window
 
 logger = logging.getLogger(__name__)
 
+#: seconds to wait for a folder before the next is looked at
+PATIENCE_S: Final = 10.0
+
 
 class Lookout:
     """Owns the thread that looks.
@@ -42,15 +46,26 @@ class Lookout:
         client: Redis, for hints.
         models: the models that are hosted here, now.
         every_s: seconds nobody must have looked at a backfill; also about those between two questions of this worker.
+        patience_s: seconds to wait for one folder.
     """
 
-    def __init__(self, app: Any, client: Any, models: Callable[[], Iterable[str]], *, every_s: float) -> None:
+    def __init__(
+        self,
+        app: Any,
+        client: Any,
+        models: Callable[[], Iterable[str]],
+        *,
+        every_s: float,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
         self._app = app
         self._client = client
         self._models = models
         self._every_s = every_s
         self._list = Watchlist(client)
+        self._patience_s = patience_s
         self._unseen: set[str] = set()
+        self._looks: dict[str, threading.Thread] = {}
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="nograd-lookout", daemon=True)
 
@@ -72,27 +87,39 @@ class Lookout:
         """Look after what nobody has looked at.
 
         Raises:
-            redis.RedisError: if Redis fails; what was not looked at is due again after `every_s`.
-            kombu.exceptions.OperationalError: likewise.
+            redis.RedisError: if Redis does not say what that is.
         """
         models = list(self._models())
         for turn in self._list.take(models, self._every_s) if models else ():
             if self._closing.is_set():
                 self._list.give_back(turn)
                 continue
-            try:
-                is_open = self._is_open(turn)
-            except (redis.RedisError, OperationalError):
-                raise
-            except Exception as err:  # noqa: BLE001 - a folder of whatever kind; others may see it
-                self._list.give_back(turn)
-                if turn.run.out not in self._unseen:
-                    self._unseen.add(turn.run.out)
-                    logger.warning("the backfill in %s is left to other workers to look after: %s", turn.run.out, err)
-                continue
-            self._unseen.discard(turn.run.out)
-            if not is_open:
+            out = turn.run.out
+            if (last := self._looks.get(out)) is not None and last.is_alive():
+                continue  # it hangs here; others find it due after `every_s`
+            look = threading.Thread(target=self._look_at, args=(turn,), name="nograd-look", daemon=True)
+            self._looks[out] = look
+            look.start()
+            look.join(self._patience_s)
+            if look.is_alive():
+                logger.warning("the folder %s does not answer; other backfills are looked after meanwhile", out)
+            else:
+                del self._looks[out]
+
+    def _look_at(self, turn: Turn) -> None:
+        """Look after one; if Redis fails over it, it is due again after `every_s`."""
+        try:
+            if not self._is_open(turn):
                 self._list.drop(turn)
+            self._unseen.discard(turn.run.out)
+        except (redis.RedisError, OperationalError) as err:
+            logger.warning("the backfill in %s is not looked after just now: %s", turn.run.out, err)
+        except Exception as err:  # noqa: BLE001 - a folder of whatever kind; others may see it
+            with contextlib.suppress(redis.RedisError):
+                self._list.give_back(turn)
+            if turn.run.out not in self._unseen:
+                self._unseen.add(turn.run.out)
+                logger.warning("the backfill in %s is left to other workers to look after: %s", turn.run.out, err)
 
     def _is_open(self, turn: Turn) -> bool:
         """Keep a backfill going; whether it needs that any more."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import threading
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,13 +31,13 @@ from waiting import PATIENCE_S, until
 LIST = "nograd.length" + PRIORITY_SUFFIXES[CHUNKS // 3]
 
 
-def planned(tmp_path, rows):
+def planned(tmp_path, rows, out="out"):
     pq.write_table(pa.table({"n": range(rows), "text": ["x"] * rows}), tmp_path / "in.parquet")
     model = ModelIdentity(name="length", parts={}, versions={})
     made = draft(
         survey(tmp_path / "in.parquet", id="n"), rows_per_chunk=10, batch_rows=4, model=model, prediction=pa.int64()
     )
-    return plans.save(open_store(tmp_path / "out"), made)
+    return plans.save(open_store(tmp_path / out), made)
 
 
 @pytest.fixture
@@ -46,8 +48,8 @@ def job(tmp_path, connection):
     return job
 
 
-def lookout(app, connection, *models):
-    return Lookout(app, connection, lambda: models, every_s=0)
+def lookout(app, connection, *models, **options):
+    return Lookout(app, connection, lambda: models, every_s=0, **options)
 
 
 def listed(connection):
@@ -126,6 +128,25 @@ def test_who_cannot_see_the_folder_leaves_it_to_another_and_says_so_once(app, co
     (tmp_path / "elsewhere").rename(tmp_path / "out")
     lookout(app, connection, "length").look()
     assert connection.llen(LIST) == SPARE
+
+
+def test_a_folder_that_hangs_keeps_nobody_from_the_others(app, connection, job, tmp_path, caplog):
+    plan = tmp_path / "out" / "_plan.json"
+    text = plan.read_bytes()
+    plan.unlink()
+    os.mkfifo(plan)  # whoever reads it waits until somebody writes it
+    Watchlist(connection).put(planned(tmp_path, 50, "other"))
+    looking = lookout(app, connection, "length", patience_s=0.5)
+    hung = set(threading.enumerate())
+    with caplog.at_level(logging.WARNING):
+        looking.look()
+        looking.look()
+    until(lambda: connection.llen(LIST) == SPARE, "the other one is not looked after")
+    hung = set(threading.enumerate()) - hung
+    assert len([each for each in hung if each.name == "nograd-look"]) == 1
+    assert f"the folder {tmp_path / 'out'} does not answer" in caplog.text
+    plan.write_bytes(text)
+    until(lambda: connection.llen(LIST) == 2 * SPARE, "it is not looked after when it answers again")
 
 
 def test_one_that_is_closing_leaves_everything_to_others(app, connection, job):
