@@ -88,10 +88,12 @@ def plan(run: Run, *, model: str, source: str, out: str | None, timeout: float, 
     with run.client() as client:
         if out is None:
             request = client.backfill_request(model, source, **_options(options))
-            estimate = prepare(client, request, None, timeout).estimate
+            with _interruptible(run, lambda: "stopped; nothing was written"):
+                estimate = prepare(client, request, None, timeout).estimate
         else:
             job = client.backfill(model, source, out, **_options(options))
-            estimate = job.plan(save=not dry_run, timeout_s=timeout)
+            with _beginning(run, job):
+                estimate = job.plan(save=not dry_run, timeout_s=timeout)
     saved = out is not None and not dry_run
     run.emit({**msgspec.to_builtins(estimate), "saved": saved}, _estimate(estimate))
     return OK
@@ -139,7 +141,9 @@ def resume(run: Run, *, out: str, error_budget: str | None, timeout: float, deta
     """
     with run.client() as client:
         job = client.backfill_at(out, error_budget=error_budget)
-        job.resume(timeout)
+        stands = f"stopped; `nograd backfill status {job.out}` says whether it goes on already"
+        with _interruptible(run, lambda: stands):
+            job.resume(timeout)
         return _stay(run, job, detach=detach)
 
 
@@ -168,7 +172,8 @@ def retry(run: Run, *, out: str, only: str | None, give_up: bool, timeout: float
             text = f"{rows:,} rows were not run again; {now.progress.rows_err:,} have no prediction"
             run.emit(now.as_json(), text)
             return OK
-        plan = job.retry(_names(only or ""), timeout_s=timeout)
+        with _interruptible(run, lambda: _retry_stopped(job)):
+            plan = job.retry(_names(only or ""), timeout_s=timeout)
         if plan is None:
             now = job.status()
             run.emit(now.as_json(), f"nothing to retry: all {now.progress.rows:,} rows have predictions")
@@ -284,14 +289,31 @@ def _beginning(run: Run, job: Backfill) -> Iterator[None]:
     """Say at once what takes so long; and after a Ctrl-C, whether there is a backfill now."""
     if not job.planned:
         run.complain("planning: reading the inputs, scoring a sample …")
+
+    def stands() -> str:
+        if job.planned:
+            return f"stopped, but the backfill is planned: `nograd backfill resume {job.out}` goes on with it"
+        return "stopped before the backfill had begun; no row was written"
+
+    with _interruptible(run, stands):
+        yield
+
+
+@contextlib.contextmanager
+def _interruptible(run: Run, stands: Callable[[], str]) -> Iterator[None]:
+    """After a Ctrl-C say what stands and how to go on, and end."""
     try:
         yield
     except KeyboardInterrupt:
-        if job.planned:
-            run.complain(f"stopped, but the backfill is planned: `nograd backfill resume {job.out}` goes on with it")
-        else:
-            run.complain("stopped before the backfill had begun; no row was written")
+        run.complain(stands())
         raise click.exceptions.Exit(INTERRUPTED) from None
+
+
+def _retry_stopped(job: Backfill) -> str:
+    now = job.status()
+    if now.retries and now.state != "done":
+        return f"stopped, but the retry is planned: `nograd backfill retry {job.out}` goes on with it"
+    return "stopped before the retry had begun; nothing has changed"
 
 
 def _tell(run: Run, out: str, tell: Callable[[Backfill], None], said: str, verb: str) -> int:

@@ -151,17 +151,49 @@ def test_ctrl_c_leaves_it_running_and_says_how_to_come_back(backfills, csv, tmp_
     assert (tmp_path / "out" / "_SUCCESS").exists()
 
 
-def test_ctrl_c_while_it_plans_says_that_nothing_has_begun(empty, register, csv, tmp_path):
-    register(empty.client, doubler="rows")  # known, and nobody scores its sample
-    words = ("run", "doubler", csv, tmp_path / "out", "--id", "k", "--columns", "x")
-    env = {**os.environ, "NOGRAD_REDIS_URL": empty.url}
-    driver = subprocess.Popen([NOGRAD, "backfill", *words], env=env, stderr=subprocess.PIPE, text=True)
-    assert driver.stderr.readline() == "nograd: planning: reading the inputs, scoring a sample …\n"
-    until(lambda: empty.client.broker.waiting(["doubler"])["doubler"])
+def interrupted(world, register, *words):
+    """What it says when it is interrupted while it waits for a worker's answer, where nobody serves the model."""
+    register(world.client, doubler="rows")
+    env = {**os.environ, "NOGRAD_REDIS_URL": world.url}
+    command = [NOGRAD, "backfill", *map(str, words)]
+    driver = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until(lambda: world.client.broker.waiting(["doubler"])["doubler"])
     driver.send_signal(signal.SIGINT)
-    _, err = driver.communicate(timeout=PATIENCE_S)
-    assert (driver.returncode, err) == (130, "nograd: stopped before the backfill had begun; no row was written\n")
+    out, err = driver.communicate(timeout=PATIENCE_S)
+    assert (driver.returncode, out) == (130, "")
+    return err.splitlines()
+
+
+@pytest.mark.parametrize("verb", ["run", "plan"])
+def test_ctrl_c_while_it_plans_says_that_nothing_has_begun(empty, register, csv, tmp_path, verb):
+    assert interrupted(empty, register, verb, "doubler", csv, tmp_path / "out", "--id", "k", "--columns", "x") == [
+        "nograd: planning: reading the inputs, scoring a sample …",
+        "nograd: stopped before the backfill had begun; no row was written",
+    ]
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_while_a_sample_is_scored_for_nothing_but_an_estimate(empty, register, csv):
+    assert interrupted(empty, register, "plan", "doubler", csv) == ["nograd: stopped; nothing was written"]
+
+
+def test_ctrl_c_before_a_resume_or_a_retry_says_what_stands(backfills, empty, register, csv, tmp_path):
+    out = tmp_path / "out"
+    assert asked(backfills, csv, out)[0] == 1
+    assert interrupted(empty, register, "retry", out) == [
+        "nograd: stopped before the retry had begun; nothing has changed"
+    ]
+    backfills.gate.touch()
+    nograd(backfills, "retry", out, "--detach")
+    empty.redis.flushall()
+    assert interrupted(empty, register, "retry", out) == [
+        f"nograd: stopped, but the retry is planned: `nograd backfill retry {out}` goes on with it"
+    ]
+    empty.redis.flushall()
+    assert interrupted(empty, register, "resume", out) == [
+        f"nograd: stopped; `nograd backfill status {out}` says whether it goes on already"
+    ]
+    backfills.gate.unlink()
 
 
 def test_a_retry_is_offered_only_for_what_it_may_mend(backfills, csv, good, tmp_path):
