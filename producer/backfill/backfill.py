@@ -404,7 +404,8 @@ class Backfill:
             self._set(error_budget=self._budget)
         with self._client.broker.errors():
             self._list(stage)  # before it is wanted: who dies in between leaves nothing that is and nobody looks after
-        self._set(stage.job.store, wish="run", why=None, since=time.time())
+            since = stage.window.now()
+        self._set(stage.job.store, wish="run", why=None, since=since)
         with self._client.broker.errors():
             stage.window.wish = "run"
         self._pump(stage, sending_s=0)
@@ -429,7 +430,7 @@ class Backfill:
         wish: Wish | None = None
         why = None
         with contextlib.suppress(BrokerUnavailable), self._client.broker.errors():
-            wish, why = window.wish or "run", window.why
+            wish, why = window.wish_since(state.read(stage.job.store).since) or "run", window.why
             window.wish = "cancel"
         try:
             yield
@@ -476,25 +477,23 @@ class Backfill:
         *before, stage = self._stages.look()
         wanted = state.read(stage.job.store)
         hints: dict[str, Any] = {"queued": None, "running": None}
-        wish, why = wanted.wish, wanted.why
         try:
             with self._client.broker.errors():
                 traffic = stage.window.traffic()
                 hints = {"queued": traffic.queued, "running": traffic.running}
-                if wish == "run":
-                    wish, why = stage.window.wish or wish, stage.window.why
+                wanted = state.wanted(stage.job.store, stage.window)
         except BrokerUnavailable as err:
             trouble = trouble or err.message
         closed = stage.closed
         progress = self._stages.progress(wanted.since)
         budget = state.read(self._store).error_budget
-        name = "done" if closed else _name(wish, why, progress, hints["running"])
+        name = "done" if closed else _name(wanted.wish, wanted.why, progress, hints["running"])
         return Status(
             id=self.id,
             out=self.out,
             model=self.job.plan.model.name,
             state=name,
-            why=why if name == "stopped" else None,
+            why=wanted.why if name == "stopped" else None,
             error_budget=budget,
             may_fail=None if budget is None else allowed_failures(budget, self.job.plan.rows),
             trouble=trouble,

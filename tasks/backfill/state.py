@@ -1,7 +1,8 @@
 """What is wanted of a backfill, where a FLUSHALL does not reach: ``_state.json`` in the output folder.
 
 Law: a backfill that somebody has paused or cancelled, or that a budget has stopped, goes on only when somebody resumes
-it. `Window.wish` tells the workers the same at once, and may vanish; this is what holds.
+it. `Window.wish` tells the workers the same at once, and may vanish, or come back in an older dump of Redis: what was
+said there before the last resume is nobody's wish any more. This is what holds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from nograd.tasks.structs import decodable
 from . import layout
 from .plan import encode
 from .store import Store
-from .window import Wish
+from .window import Window, Wish
 
 
 @decodable
@@ -25,7 +26,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
         wish: of the operator.
         why: what has stopped it, if nobody paused it by hand.
         error_budget: see `budget`; None for as many failed rows as there are.
-        since: when it was last resumed, seconds since the epoch.
+        since: when it was last resumed, seconds since the epoch by Redis' clock.
     """
 
     wish: Wish = "run"
@@ -46,6 +47,18 @@ def read(store: Store) -> State:
         return State()
     except (msgspec.MsgspecError, UnicodeDecodeError) as err:
         raise BackfillError(f"{store.url}/{layout.STATE} is not a state of this version: {err}") from err
+
+
+def wanted(store: Store, window: Window) -> State:
+    """What is wanted: what the folder says, unless Redis was told to stop after that was resumed.
+
+    Raises:
+        BackfillError: if what stands in the folder cannot be read.
+        redis.RedisError: if Redis fails.
+    """
+    told = read(store)
+    wish = window.wish_since(told.since) if told.wish == "run" else None
+    return told if wish in (None, "run") else msgspec.structs.replace(told, wish=wish, why=window.why)
 
 
 def write(store: Store, state: State) -> None:

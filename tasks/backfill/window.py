@@ -187,8 +187,9 @@ class Window:
 
     def stop(self, why: str) -> None:
         """Pause, because of something that somebody has to look at."""
+        said = f"pause {self.now()}"
         pipe = self.client.pipeline(transaction=True)
-        pipe.set(self._prefix + "wish", "pause", ex=KEPT_S)
+        pipe.set(self._prefix + "wish", said, ex=KEPT_S)
         pipe.set(self._prefix + "why", why, ex=KEPT_S)
         pipe.execute()
 
@@ -227,16 +228,32 @@ class Window:
     @property
     def wish(self) -> Wish | None:
         """What the operator wants, if Redis remembers."""
-        stored = self.client.get(self._prefix + "wish")
-        text = _text(stored) if stored is not None else ""
-        return text if text in ("run", "pause", "cancel") else None  # type: ignore[return-value]
+        return self.wish_since(0.0)
 
     @wish.setter
     def wish(self, wish: Wish) -> None:
+        said = f"{wish} {self.now()}"
         pipe = self.client.pipeline(transaction=True)  # in one step: else the reason of a stop in between is lost
-        pipe.set(self._prefix + "wish", wish, ex=KEPT_S)
+        pipe.set(self._prefix + "wish", said, ex=KEPT_S)
         pipe.delete(self._prefix + "why", self._prefix + "troubles")
         pipe.execute()
+
+    def wish_since(self, since: float) -> Wish | None:
+        """What the operator wants, unless that was said before ``since``: a Redis that restarts may know no later word.
+
+        Args:
+            since: seconds since the epoch, by Redis' clock (`now`).
+        """
+        stored = self.client.get(self._prefix + "wish")
+        wish, _, said_at = (_text(stored) if stored is not None else "").partition(" ")
+        if wish not in ("run", "pause", "cancel") or float(said_at or "inf") < since:
+            return None
+        return wish  # type: ignore[return-value]
+
+    def now(self) -> float:
+        """Seconds since the epoch, by Redis' clock: the same for all who wish."""
+        seconds, microseconds = self.client.time()
+        return float(seconds + microseconds / 1e6)
 
     def clear(self) -> None:
         """Remove all hints: they are of an output that is gone."""

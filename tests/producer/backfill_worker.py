@@ -17,6 +17,7 @@ from kombu import Queue
 
 from nograd.tasks import Settings, create_app, registry
 from nograd.tasks.backfill import plan as plans
+from nograd.tasks.backfill import state
 from nograd.tasks.backfill.commit import commit, settled
 from nograd.tasks.backfill.output import PartWriter
 from nograd.tasks.backfill.plan import ModelIdentity, TableSchema
@@ -102,7 +103,7 @@ def run_chunk(**kwargs):
     window = Window(app.backend.client, hints_of(job))
     while GATE.exists():
         time.sleep(0.02)
-    if window.wish in ("pause", "cancel"):
+    if state.wanted(job.store, window).wish != "run":
         window.forget(call.chunk)
         return
     if settled(job.store, job.plan, call.chunk) is not None:

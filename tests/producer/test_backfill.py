@@ -138,6 +138,23 @@ def test_what_is_paused_stands_still_until_it_is_resumed(backfills, csv, tmp_pat
     assert job.follow(interval_s=0.05).state == "done"
 
 
+@pytest.mark.parametrize("wish", ["pause", "cancel"])
+def test_a_redis_that_comes_back_with_what_was_wanted_before_the_last_resume_stops_nothing(
+    backfills, csv, tmp_path, wish
+):
+    job = backfill(backfills, csv, tmp_path / "out", chunk=20)
+    backfills.gate.touch()
+    job.start()
+    getattr(job, wish)()
+    key = f"nograd:backfill:{job.id}:wish"
+    older = backfills.redis.dump(key)
+    job.resume()
+    backfills.redis.restore(key, 0, older, replace=True)
+    backfills.gate.unlink()
+    assert job.status().state not in ("paused", "cancelled")
+    assert job.follow(interval_s=0.05).state == "done"
+
+
 def test_who_follows_a_cancelled_backfill_is_told_and_a_flushall_does_not_start_it_again(backfills, csv, tmp_path):
     job = backfill(backfills, csv, tmp_path / "out", chunk=20)
     backfills.gate.touch()

@@ -40,12 +40,14 @@ class Attempt:
         window: the hints of the backfill.
         chunk: which.
         closing: set when the worker stops.
+        since: wishes from before that are not heeded; see `state.wanted`.
     """
 
-    def __init__(self, window: Window, chunk: int, closing: threading.Event) -> None:
+    def __init__(self, window: Window, chunk: int, closing: threading.Event, *, since: float = 0.0) -> None:
         self._window = window
         self._chunk = chunk
         self._closing = closing
+        self._since = since
         self._owner = uuid.uuid4().hex
         self._lost = threading.Event()
         self._ended = threading.Event()
@@ -86,7 +88,7 @@ class Attempt:
         if time.monotonic() >= self._wish_at:
             self._wish_at = time.monotonic() + WISH_S
             with hint():
-                wish = self._window.wish
+                wish = self._window.wish_since(self._since)
                 if wish in ("pause", "cancel"):
                     raise GivenUp(f"{wish} is wanted")
 

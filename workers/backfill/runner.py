@@ -174,15 +174,15 @@ class ChunkRunner:
         )
 
     def _attempt(self, task: BoundTask, call: ChunkCall, job: Job, window: Window) -> dict[str, Any]:
-        wish = window.wish
-        if wish in ("pause", "cancel"):
+        wanted = state.wanted(job.store, window)
+        if wanted.wish != "run":
             window.forget(call.chunk)
-            raise GivenUp(f"{wish} is wanted")
+            raise GivenUp(f"{wanted.wish} is wanted")
         if commit.settled(job.store, job.plan, call.chunk) is not None:
             window.forget(call.chunk)
             return {"chunk": call.chunk, "won": False}
         model, deviations = self._model(job)
-        attempt = Attempt(window, call.chunk, self.closing)
+        attempt = Attempt(window, call.chunk, self.closing, since=wanted.since)
         with attempt.held() as ours:
             if not ours:
                 # Its owner is alive, or was until a moment ago: whoever was killed holds it for so long.

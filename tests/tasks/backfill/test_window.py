@@ -140,6 +140,15 @@ def test_wishes(window):
     assert (window.wish, window.why) == ("run", None)
 
 
+def test_a_wish_from_before_a_moment_is_not_heeded_after_it(window):
+    before = window.now()
+    window.stop("no room")
+    assert window.wish_since(before) == "pause"
+    assert window.wish_since(window.now()) is None
+    window.wish = "cancel"
+    assert window.wish_since(before) == "cancel"
+
+
 def test_counts_what_failed(window):
     assert window.count_failures(1) == 1
     assert window.count_failures(2) == 3

@@ -154,6 +154,14 @@ def test_the_budget_is_the_one_of_the_last_resume_whatever_a_message_says(runner
     assert window.wish == "run"
 
 
+def test_a_chunk_is_run_although_redis_knows_a_pause_from_before_the_last_resume(runner, app, job, window):
+    window.wish = "pause"
+    assert "given_up" in run(runner, app, job, 1)
+    state.write(job.store, State(since=window.now()))
+    run(runner, app, job, 1)
+    assert 1 in committed_chunks(job.store)
+
+
 @pytest.fixture
 def away():
     """The URL of a Redis that does not answer."""
