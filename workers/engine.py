@@ -12,6 +12,9 @@ Laws:
 * An item whose deadline passes, waiting or on the device, is resolved by `expire` at that moment; what the forward says
   of it later is dropped.
 * A job over which a worker has died is prepared, run and finished here, while nothing else runs that may crash.
+* Between two batches the device waits, so what can wait does not happen there. Outcomes are told once the next batch is
+  about to begin (whoever hears of one wants the interpreter), at once if none follows; batches that have run are freed
+  by another thread, since torch lets go of the interpreter whenever it frees a tensor (``THPVariable_clear``, 2.15).
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from nograd.tasks.modelfile import ModelFile
 from nograd.tasks.predict import Outcome
 
 from .batching import Batch, BatchQueue, Item, Limits
+from .crew import Crew
 from .device import default_device
 from .faults import DeviceLost, is_device_lost
 from .forward import run_isolated, run_pieces
@@ -179,7 +183,12 @@ class Engine:
         #: what waits for the device thread, and is told if that ends first
         self._calls: set[Future[Any]] = set()
         self._on_device: Sequence[Item] = ()
-        self._last_forward: Sequence[Item] = ()
+        #: the jobs of the last forward
+        self._last_forward: Sequence[Any] = ()
+        #: outcomes their jobs have not heard of yet
+        self._untold: list[tuple[Job, int, Outcome, Forward]] = []
+        #: batches that have run
+        self._spent: Crew[Batch] = Crew("nograd-free", 1, _free)
         self._thread: threading.Thread | None = None
 
     @property
@@ -260,10 +269,12 @@ class Engine:
                 return
             finally:
                 start.done.set()
+            self._spent.start()
             try:
                 while self._turn():
                     pass
             finally:
+                self._spent.close()
                 for call in list(self._calls):
                     call.set_exception(ConfigError("the worker is shutting down"))
 
@@ -277,18 +288,22 @@ class Engine:
             return False
         try:
             if isinstance(batch, Batch):
-                self.step(batch)
+                self._step(batch)
             else:
                 batch()
         except DeviceLost as err:
-            self._hooks.on_lost(str(err), _jobs(self._last_forward))
+            self._tell()  # what was done before counts as well
+            self._hooks.on_lost(str(err), self._last_forward)
             return False
         except BaseException as err:
             # Not a model's error (those are outcomes) but one of ours. A thread that ended here would leave a worker
             # that takes jobs and answers none.
             logger.critical("a batch could not be handed over; this is a bug", exc_info=True)
             if isinstance(batch, Batch):
-                _fail(batch, err)
+                for item in batch.items:
+                    _fail(item.job, item.index, err)
+        if isinstance(batch, Batch):
+            self._spent.submit(batch)
         return True
 
     def _load_first(self, model: HostedModel) -> None:
@@ -386,8 +401,8 @@ class Engine:
             future.set_exception(ConfigError("the worker is shutting down"))
         return future
 
-    def step(self, batch: Batch) -> None:
-        """Run one batch and resolve each of its items.
+    def _step(self, batch: Batch) -> None:
+        """Run one batch.
 
         Raises:
             DeviceLost: what was on the device has no outcome then.
@@ -413,6 +428,8 @@ class Engine:
             self._run_block(model, items[0])
         elif items:
             self._run(model, items)
+        else:
+            self._tell()
 
     def _run(self, model: HostedModel, items: list[Item]) -> None:
         stats = self.stats[model.name]
@@ -434,12 +451,11 @@ class Engine:
                 on_outcome,
             )
             self.activities.end()
-        finally:  # what was done before the device was lost counts as well
+        finally:
             ended = time.monotonic()
             forward = Forward(ended, ended - began, len(items))
             stats.count(len(items), sum(outcome.error is not None for _, outcome in outcomes), forward.device_s)
-            for item, outcome in outcomes:
-                item.job.resolve(item.index, outcome, forward)
+            self._untold += [(item.job, item.index, outcome, forward) for item, outcome in outcomes]
         if fits is not None and not self._loads:  # what a load takes beside it is nobody's safe size
             self._hooks.on_fits(model.name, items[0].group, fits)
 
@@ -494,14 +510,26 @@ class Engine:
 
     def _begin(self, what: str, model: HostedModel, items: Sequence[Item]) -> None:
         """From here on the process may die, or hang, over these."""
-        self._last_forward = items
-        jobs = _jobs(items)
+        self._last_forward = jobs = _jobs(items)
         self._hooks.on_forward([] if self.risks.unclear else jobs)
+        self._tell()
         self.activities.begin(what, model.name, jobs, model.spec.hard_timeout_s)
 
     def _clear(self) -> None:
         """The process dies over nothing of the queue from here on. Told only when no other batch follows at once."""
+        self._last_forward = ()
+        self._tell()
         self._hooks.on_forward([])
+
+    def _tell(self) -> None:
+        """Resolve the items that have run."""
+        untold, self._untold = self._untold, []
+        for job, index, outcome, forward in untold:
+            try:
+                job.resolve(index, outcome, forward)
+            except BaseException as err:
+                logger.critical("an outcome could not be handed over; this is a bug", exc_info=True)
+                _fail(job, index, err)
 
     def _wanted(self, item: Item) -> bool:
         if not item.job.abandoned():
@@ -530,6 +558,11 @@ def _jobs(items: Sequence[Item]) -> list[Any]:
     return list(dict.fromkeys(item.job for item in items))
 
 
+def _free(batches: list[Batch]) -> None:
+    for batch in batches:
+        batch.items.clear()  # here, whoever still has the batch
+
+
 def _raise(err: BaseException) -> None:
     raise err
 
@@ -543,12 +576,11 @@ def as_invalid(err: BaseException) -> NogradError:
     return err if isinstance(err, NogradError) else InvalidInput(f"prepare raised {type(err).__name__}: {err}")
 
 
-def _fail(batch: Batch, err: BaseException) -> None:
-    for item in batch.items:
-        try:
-            item.job.resolve(item.index, Outcome(error=as_job_error(err)))
-        except BaseException:
-            logger.critical("an item could not even fail", exc_info=True)
+def _fail(job: Job, index: int, err: BaseException) -> None:
+    try:
+        job.resolve(index, Outcome(error=as_job_error(err)))
+    except BaseException:
+        logger.critical("an item could not even fail", exc_info=True)
 
 
 def _limits(model: HostedModel) -> Limits:

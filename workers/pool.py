@@ -132,6 +132,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
         size = min(TASK_THREADS, max(1, self.limit or 1))
         self._tasks: Crew[Task] = Crew("nograd-task", size, _run_each)
         self._withdrawn: Crew[Handle] = Crew("nograd-withdraw", 1, _withdraw_each)
+        # A word to Redis: who mostly finds that there is room is the device thread, which would say it between batches.
+        self._resumes: Crew[None] = Crew("nograd-resume", 1, lambda _: transport.resume(), most=TASK_THREADS)
         self._backfill: Crew[Task] = Crew("nograd-chunk", CHUNK_THREADS, _run_chunks)
         self.chunks: ChunkRunner | None = None
         self.lookout: Lookout | None = None
@@ -160,7 +162,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         _, hostname = self.options.get("initargs") or (None, "")
         self.settler = Settler(ResultStore(self.app, task, hostname), task.resultrepr_maxsize, engine.risks)
         waiting = lambda: engine.queue.waiting  # noqa: E731
-        self.intake = Intake(self.limit, self._largest(), waiting, transport.resume, threads=resources.threads)
+        self.intake = Intake(self.limit, self._largest(), waiting, self._resume, threads=resources.threads)
         engine.queue.on_taken = self.intake.eased
         transport.throttle(self._room)
         lease_s = Settings.from_env().lease_s
@@ -181,7 +183,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self.sizes = SafeSizes(books, kind_of(engine.device), engine.queue.cap)
         self._threads = {"prepare": resources.threads, **device.threads()}
         self.hosting = Hosting(engine, _model_file, self._give_back, self._announce)
-        for crew in (self.settler, self.preparer, self._tasks, self._withdrawn, self._backfill, self.hosting):
+        crews = (self._tasks, self._withdrawn, self._resumes, self._backfill)
+        for crew in (self.settler, self.preparer, *crews, self.hosting):
             crew.start()
         self.sizes.start()
         self.lookout.start()
@@ -229,6 +232,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         if self.hosting is not None:
             self.hosting.finish(LOAD_S)
         self._withdrawn.finish(STORE_S)
+        self._resumes.finish(STORE_S)
         if self.lookout is not None:
             self.lookout.finish(LOOK_S)
         if self.settler is not None and not self.settler.finish(STORE_S):
@@ -282,6 +286,9 @@ class TaskPool(BasePool):  # type: ignore[misc]
             return room
         # One chunk ahead of those that run, so that a worker that joins finds some; predictions may come this way, too.
         return max(0, min(room, 1 - len(self._backfill)))
+
+    def _resume(self) -> None:
+        self._resumes.submit(None)
 
     def _bury(self, message: Message, deaths: int) -> JobError:
         """Store the failure of a job that kills workers, and keep its message for whoever wants to know why."""

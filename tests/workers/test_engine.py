@@ -2,6 +2,8 @@
 
 import sys
 import threading
+import weakref
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -46,6 +48,11 @@ class Late(Echo):
         gate.wait(180)
 
 
+class Silent(Echo):
+    def forward(self, batch):
+        return [None] * len(batch)
+
+
 class Lost(Echo):
     def load(self, device):
         try:
@@ -63,6 +70,10 @@ MODELS = """
 loader = "python"
 class = "engine_models:Echo"
 batch = { max_items = 1 }
+
+[silent]
+loader = "python"
+class = "engine_models:Silent"
 
 [lost]
 loader = "python"
@@ -95,6 +106,22 @@ class Job:
     def resolve(self, index, outcome, forward=None):
         self.outcome = outcome
         self.done.set()
+
+
+class Heard(Job):
+    """A job that notes when it hears of its outcome."""
+
+    def __init__(self, log):
+        super().__init__()
+        self._log = log
+
+    def resolve(self, index, outcome, forward=None):
+        self._log.append(self)
+        super().resolve(index, outcome, forward)
+
+
+class Prepared:
+    """What is ready for the device."""
 
 
 class Told:
@@ -155,6 +182,41 @@ def test_who_is_on_the_device_is_replaced_and_taken_back_only_when_nobody_follow
     assert written == [[job] for job in jobs]
     assert told.forwards[-1] == []
     assert told.forwards[:3] == written  # no empty one between them
+
+
+def test_an_outcome_is_told_when_the_next_batch_is_named_and_at_once_if_none_follows(engine, told):
+    gate, entered = threading.Event(), threading.Event()
+    engine.queue.call(lambda: (entered.set(), gate.wait()))
+    assert entered.wait(TIMEOUT)
+    first, second = (Heard(told.forwards) for _ in range(2))  # the hooks and the jobs in one list
+    put(engine, first, second)
+    told.cleared.clear()
+    del told.forwards[:]
+    gate.set()
+    assert told.cleared.wait(TIMEOUT)
+    assert told.forwards == [[first], [second], first, second, []]
+
+
+def test_a_batch_that_has_run_is_freed_by_another_thread(engine, file):
+    engine.add(open_model(file, "silent")).result(TIMEOUT)
+    freed = Future()
+    prepared = Prepared()
+    weakref.finalize(prepared, lambda: freed.set_result(threading.current_thread().name))
+    engine.queue.put([Item("silent", None, prepared, Job())])
+    del prepared
+    assert freed.result(TIMEOUT) == "nograd-free-0"
+
+
+def test_what_had_run_before_the_device_was_lost_is_told(engine, told):
+    before, lost = Job(), Job()
+
+    def prepare():
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    engine.queue.put([Item("echo", None, 0, before), Item("echo", None, None, lost, late=prepare)])
+    assert told.died.wait(TIMEOUT)
+    assert before.outcome.value == 0
+    assert lost.outcome is None
 
 
 def test_before_a_model_is_loaded_nobody_is_on_the_device(engine, told, file):
