@@ -23,6 +23,7 @@ from nograd.tasks.backfill.draft import draft
 from nograd.tasks.backfill.sources import survey
 from nograd.tasks.backfill.store import open_store
 from nograd.tasks.backfill.verify import verify
+from waiting import until
 
 #: rows of the backfill, none a multiple of the chunk, and of a chunk, none a multiple of the batch
 ROWS, CHUNK = 100, 36
@@ -88,7 +89,7 @@ def job(local, source, tmp_path):
 def check_same(job, local):
     verify(job).check()
     assert backfills.committed(job) == backfills.committed(local)
-    backfills.until(lambda: not job.store.names(layout.STAGING), "the removal of what lost")
+    until(lambda: not job.store.names(layout.STAGING), "the removal of what lost")
 
 
 def test_a_whole_backfill_from_the_command_line(redis_url, client, source, tmp_path):
