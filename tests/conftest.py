@@ -5,13 +5,13 @@ import gc
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import hypothesis
 import pytest
 import redis
 
+import nursery
 import watching
 from waiting import PATIENCE_S, Gate, until
 
@@ -31,13 +31,19 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 
 
+HERE = Path(__file__).parent
 #: folders whose files start many processes, each of which takes seconds to import torch
-LONG = ("integration", "workers", "producer", "transport")
+LONG = ("integration", "workers", "producer", "transport", "examples")
 
 
 def pytest_collection_modifyitems(items):
     """Long files first: `make test` hands out whole files in this order, and nobody shall wait for a long one alone."""
-    items.sort(key=lambda item: LONG.index(item.path.parent.name) if item.path.parent.name in LONG else len(LONG))
+
+    def place(item):
+        folder = item.path.relative_to(HERE).parts[0]
+        return LONG.index(folder) if folder in LONG else len(LONG)
+
+    items.sort(key=place)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -82,10 +88,9 @@ class WorkerProcess:
         self.name = f"test-{log.stem}@here"
         if app == "nograd.tasks":  # as the launcher starts it; the workers of other apps are started as by their users
             args = ("--without-gossip", "--without-mingle", *args)
-        words = ["-A", app, "worker", "-n", self.name, "--loglevel", "INFO", *args]
-        command = [sys.executable, "-m", "celery", *words]
+        words = ["celery", "-A", app, "worker", "-n", self.name, "--loglevel", "INFO", *args]
         with log.open("wb") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=cwd)
+            self.process = nursery.start(words, out, environment, cwd)
         self.watched = watching.watch(self.name, self.process, self.text, lasts=lasts)
 
     def wait_until_ready(self):

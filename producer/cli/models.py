@@ -14,8 +14,10 @@ from nograd.tasks.errors import ConfigError, ModelFileError
 
 from .common import FAILED, OK, Run, command
 
-#: seconds workers have to say that they heard
+#: seconds workers have to say that they heard, where nobody knows how many there are
 ANSWER_S = 2.0
+#: the same of those that are asked by their names: the wait ends with their answers, and one may be busy
+NAMED_ANSWER_S = 15.0
 #: seconds between two looks at how far they are
 POLL_S = 0.3
 
@@ -89,7 +91,8 @@ def _change(  # noqa: PLR0917 - one caller for each command
     run: Run, name: str, worker: str | None, timeout: float, remote: str, arguments: dict[str, Any], wanted: str
 ) -> int:
     with run.client() as client:
-        replies = client.broker.command(remote, arguments, None if worker is None else [worker], ANSWER_S)
+        nodes, seconds = (None, ANSWER_S) if worker is None else ([worker], NAMED_ANSWER_S)
+        replies = client.broker.command(remote, arguments, nodes, seconds)
         if not replies:
             raise ConfigError(f"no worker answers{f' to {worker}' if worker else ''}; nograd status shows who is up")
         for node, reply in replies.items():
@@ -113,7 +116,7 @@ def _wait(client: Client, name: str, nodes: list[str], timeout: float) -> dict[s
     states: dict[str, dict[str, Any]] = {node: {"status": "unknown"} for node in nodes}
     until = time.monotonic() + timeout
     while True:
-        for node, pool in client.broker.workers(ANSWER_S, nodes).items():
+        for node, pool in client.broker.workers(NAMED_ANSWER_S, nodes).items():
             states[node] = pool.get("hosting", {}).get(name, {"status": "unloaded"})
         moving = [node for node, state in states.items() if state["status"] in ("unknown", "loading", "unloading")]
         if not moving or time.monotonic() > until:

@@ -2,10 +2,12 @@
 
 import io
 import math
+import shutil
 
 import pytest
 from PIL import Image
 
+import fleet_of_tests
 import seed_data
 from nograd.producer import Client
 from nograd.tasks.errors import InvalidInput, JobError, ResultTimeout, UnknownModel
@@ -91,18 +93,14 @@ def test_a_bad_item_in_a_packed_message_costs_only_itself(client):
 
 
 def test_a_job_waits_while_no_worker_serves_its_queue_and_runs_when_one_comes(redis_url, start_worker, tmp_path):
-    folder = seed_data.EXAMPLES
-    (tmp_path / "models.toml").write_text(
-        "[late]\n"
-        'loader = "module"\nclass = "seed_models:RegressionModel"\ninit = { input_size = 3 }\n'
-        f'weights = "{folder / "weights/regression.pth"}"\ninput = "rows"\nshape = [3]\n'
-    )
+    shutil.copy(fleet_of_tests.__file__, tmp_path)
+    (tmp_path / "models.toml").write_text('[late]\nloader = "python"\nclass = "fleet_of_tests:Log"\n')
     with Client(redis_url, models=tmp_path / "models.toml") as client:
-        job = client.submit("late", ROW)
+        job = client.submit("late", 1.0)
         with pytest.raises(ResultTimeout):
             job.result(0.5)
-        start_worker(tmp_path / "models.toml", cwd=folder)
-        assert job.result(PATIENCE_S) == client.submit("late", ROW).result(PATIENCE_S)
+        start_worker(tmp_path / "models.toml")
+        assert job.result(PATIENCE_S) == 0.0
 
 
 def test_a_worker_s_log_says_of_a_failed_job_one_line_without_a_traceback(client, worker):

@@ -1,45 +1,37 @@
 """A worker whose models cannot be served does not start, and says which key of which file is to blame."""
 
+import os
 import pickle
-import subprocess
-import sys
+import shutil
 
 import pytest
 import torch
 
+import fleet_of_tests
+import nursery
 from waiting import PATIENCE_S
 
 GOOD = '[m]\nloader = "module"\nclass = "fleet_of_tests:Dropout"\nweights = "w.pth"\n'
 
 
 @pytest.fixture
-def refuse(redis_url, tmp_path, monkeypatch):
+def refuse(redis_url, tmp_path):
     """Start a worker on a model file and return what it says; it must exit with 2."""
 
     def refuse(text, *args, names_file=True):
         path = tmp_path / "models.toml"
         path.write_text(text)
-        monkeypatch.setenv("NOGRAD_REDIS_URL", redis_url)
-        monkeypatch.setenv("NOGRAD_MODELS", str(path))
-        monkeypatch.setenv("PYTHONPATH", str(path.parents[0]))
-        done = subprocess.run(
-            [sys.executable, "-m", "celery", "-A", "nograd.tasks", "worker", "-c", "4", *args],
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_S,
-            check=False,
-            cwd=tmp_path,
-        )
-        said = done.stdout + done.stderr
-        assert done.returncode == 2, said
+        env = {**os.environ, "NOGRAD_REDIS_URL": redis_url, "NOGRAD_MODELS": str(path)}
+        log = tmp_path / "worker.log"
+        with log.open("wb") as out:
+            words = ("celery", "-A", "nograd.tasks", "worker", "-c", "4", *args)
+            code = nursery.start(words, out, env, tmp_path).wait(PATIENCE_S)
+        said = log.read_text()
+        assert code == 2, said
         assert str(path) in said or not names_file
         assert "Traceback" not in said
         assert " ready." not in said
         return said
-
-    import shutil
-
-    import fleet_of_tests
 
     shutil.copy(fleet_of_tests.__file__, tmp_path)
     torch.save(fleet_of_tests.Dropout().state_dict(), tmp_path / "w.pth")

@@ -84,6 +84,10 @@ class Fleet:
         self.worker = self.start_worker(self.file, *args, env=env, ready=ready)
         return self
 
+    def hosting(self, verb, *words):
+        """Have the worker load or unload a model; without its name, others would be waited for."""
+        return self.nograd("models", verb, *words, "--worker", self.worker.name)
+
     def nograd(self, *words):
         command = [sys.executable, "-m", "nograd.producer.cli", *words, "--redis", self.url, "--json"]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT)
@@ -150,7 +154,7 @@ def traffic(client, fleet):
 def test_a_model_is_loaded_and_unloaded_while_others_work_and_no_job_is_lost(fleet, client, traffic):
     fleet.start()
     fleet.file.write_text(STEADY + slow("extra", 10))
-    code, said = fleet.nograd("models", "load", "extra")
+    code, said = fleet.hosting("load", "extra")
     assert (code, said["workers"][fleet.worker.name]["status"]) == (0, "ready")
     assert client.submit("extra", 1).result(TIMEOUT) == 10
     assert fleet.state("extra")["bytes"] == 1_000_000
@@ -159,7 +163,7 @@ def test_a_model_is_loaded_and_unloaded_while_others_work_and_no_job_is_lost(fle
     slowly.touch()
     waiting = client.submit_many("extra", range(2000))  # 50 seconds of work
     waiting[0].result(TIMEOUT)
-    code, said = fleet.nograd("models", "unload", "extra")
+    code, said = fleet.hosting("unload", "extra")
     assert (code, said["workers"][fleet.worker.name]["status"]) == (0, "unloaded")
     assert "LET GO 10" in fleet.worker.text()
     left = client.broker.waiting(["extra"])["extra"]
@@ -168,7 +172,7 @@ def test_a_model_is_loaded_and_unloaded_while_others_work_and_no_job_is_lost(fle
     assert "extra" in client.models()
 
     slowly.unlink()
-    assert fleet.nograd("models", "load", "extra")[0] == 0
+    assert fleet.hosting("load", "extra")[0] == 0
     assert [job.result(TIMEOUT) for job in waiting] == [10 * n for n in range(2000)]
     assert traffic() > 20
     assert "this is a bug" not in fleet.worker.text()
@@ -178,10 +182,10 @@ def test_reload_takes_what_the_file_says_now(fleet, client, traffic):
     fleet.file.write_text(STEADY + slow("extra", 10))
     fleet.start()
     fleet.file.write_text(STEADY + slow("extra", 7))
-    assert fleet.nograd("models", "load", "extra")[0] == 0  # it is there: nothing happens
+    assert fleet.hosting("load", "extra")[0] == 0  # it is there: nothing happens
     assert client.submit("extra", 1).result(TIMEOUT) == 10
     jobs = [client.submit("extra", n) for n in range(60)]
-    assert fleet.nograd("models", "load", "extra", "--reload")[0] == 0
+    assert fleet.hosting("load", "extra", "--reload")[0] == 0
     assert client.submit("extra", 1).result(TIMEOUT) == 7
     assert all(job.result(TIMEOUT) in (10 * n, 7 * n) for n, job in enumerate(jobs))
     assert traffic() > 0
@@ -199,17 +203,17 @@ def test_a_job_that_comes_when_its_model_has_gone_goes_back_to_its_queue(fleet, 
         due = time.monotonic() + seconds
         late = app.tasks["nograd.predict"].apply_async(("extra", 3), countdown=seconds)
         until(lambda: client.broker.waiting(["extra"])["extra"] == 0)
-        assert fleet.nograd("models", "unload", "extra")[0] == 0
+        assert fleet.hosting("unload", "extra")[0] == 0
         if time.monotonic() < due:
             break
-        assert fleet.nograd("models", "load", "extra")[0] == 0  # that took so long that the job was due before
+        assert fleet.hosting("load", "extra")[0] == 0  # that took so long that the job was due before
         assert late.get(timeout=TIMEOUT) == 30
     until(lambda: client.broker.waiting(["extra"])["extra"] == 1)
     # Through the queue of another model it would come back again and again: that one is answered.
     misled = app.send_task("nograd.predict", args=["extra", 1], queue="nograd.steady")
     with pytest.raises(Exception, match="this worker has no model 'extra'"):
         misled.get(timeout=TIMEOUT)
-    assert fleet.nograd("models", "load", "extra")[0] == 0
+    assert fleet.hosting("load", "extra")[0] == 0
     assert late.get(timeout=TIMEOUT) == 30
     app.close()
 
@@ -217,7 +221,7 @@ def test_a_job_that_comes_when_its_model_has_gone_goes_back_to_its_queue(fleet, 
 def test_a_model_that_cannot_be_loaded_says_why_and_the_worker_goes_on(fleet, client, traffic):
     fleet.start()
     fleet.file.write_text(STEADY + slow("extra", 10) + '[broken]\nloader = "python"\nclass = "hosted_models:Broken"\n')
-    code, said = fleet.nograd("models", "load", "broken")
+    code, said = fleet.hosting("load", "broken")
     assert (code, said["error"]["type"]) == (2, "ModelFileError")
     assert "load() raised OSError: no licence" in said["error"]["message"]
     why = f"broken failed on {fleet.worker.name}: {fleet.state('broken')['error']}"
@@ -227,7 +231,7 @@ def test_a_model_that_cannot_be_loaded_says_why_and_the_worker_goes_on(fleet, cl
     until(lambda: why in fleet.shown("status", "--timeout", "1"))
     unknown = until(lambda: [said for _, said in [fleet.nograd(*READY, "--model", "stedy")] if said["workers"]])
     assert unknown[0]["reason"] == "no worker has 'stedy'. Did you mean 'steady'? They have broken, steady"
-    assert fleet.nograd("models", "unload", "broken")[0] == 0
+    assert fleet.hosting("unload", "broken")[0] == 0
     until(fleet.ready)
     assert traffic() > 0
 
@@ -240,7 +244,7 @@ def test_a_name_the_model_file_does_not_have_is_refused_and_the_worker_stays_as_
         ("not toml", "steady", "not valid TOML"),  # what is loaded is not unloaded for it
     ):
         fleet.file.write_text(text)
-        code, said = fleet.nograd("models", "load", name, "--reload")
+        code, said = fleet.hosting("load", name, "--reload")
         assert (code, said["error"]["type"]) == (2, "ModelFileError")
         assert why in said["error"]["message"]
     [worker] = until(fleet.status)
@@ -254,25 +258,22 @@ def test_other_models_answer_while_one_is_loaded(fleet, client):
     fleet.start()
     gate = fleet.file.with_name("gate")
     fleet.file.write_text(STEADY + slow("extra", 10, gate))
-    assert (
-        fleet.nograd("models", "load", "extra", "--timeout", "0")[1]["workers"][fleet.worker.name]["status"]
-        == "loading"
-    )
+    assert fleet.hosting("load", "extra", "--timeout", "0")[1]["workers"][fleet.worker.name]["status"] == "loading"
     assert [job.result(TIMEOUT) for job in client.submit_many("steady", range(20))] == [2 * n for n in range(20)]
     assert fleet.state("extra")["status"] == "loading"
     gate.touch()
-    assert fleet.nograd("models", "load", "extra")[0] == 0
+    assert fleet.hosting("load", "extra")[0] == 0
     assert client.submit("extra", 1).result(TIMEOUT) == 10
 
 
 def test_a_load_that_hangs_fails_in_time_and_says_where_and_the_worker_goes_on(fleet, client, traffic):
     fleet.start()
     fleet.file.write_text(STEADY + slow("extra", 10) + HANGING)
-    code, said = fleet.nograd("models", "load", "hanging")
+    code, said = fleet.hosting("load", "hanging")
     assert code == 2
     assert "[hanging]: loading takes longer than load_timeout_s = 1 s" in said["error"]["message"]
     assert "time.sleep(1000)" in fleet.worker.text()
-    assert fleet.nograd("models", "load", "extra")[0] == 0  # the next change does not wait for it
+    assert fleet.hosting("load", "extra")[0] == 0  # the next change does not wait for it
     assert client.submit("extra", 1).result(TIMEOUT) == 10
     assert traffic() > 0
     assert fleet.worker.stop() == 0
@@ -291,7 +292,7 @@ def test_a_load_that_was_given_up_leaves_nothing_once_it_ends(fleet):
     gate = fleet.file.with_name("gate")
     fleet.start()
     fleet.file.write_text(STEADY + slow("late", 10, gate) + "load_timeout_s = 1\n" + slow("extra", 20))
-    assert fleet.nograd("models", "load", "late")[0] == 2
+    assert fleet.hosting("load", "late")[0] == 2
     gate.touch()
     until(lambda: fleet.nograd("models", "load", "extra", "--reload")[0] == 0 and "LET GO 10" in fleet.worker.text())
 
@@ -299,16 +300,16 @@ def test_a_load_that_was_given_up_leaves_nothing_once_it_ends(fleet):
 def test_models_beyond_the_memory_budget_are_refused_and_leave_nothing_behind(fleet, client):
     fleet.file.write_text(STEADY + slow("one", 1) + slow("two", 2) + slow("three", 3))
     fleet.start("-Q", "nograd.steady,nograd.one", NOGRAD_MEMORY_BUDGET="2.5MB")
-    assert fleet.nograd("models", "load", "two")[0] == 0
-    code, said = fleet.nograd("models", "load", "three")
+    assert fleet.hosting("load", "two")[0] == 0
+    code, said = fleet.hosting("load", "three")
     assert code == 2
     assert (
         "[three]: the model holds 1.0 MB, beside steady (0 B), one (1.0 MB), two (1.0 MB); "
         "the memory budget of cpu is 2.5 MB"
     ) in said["error"]["message"]
     assert "LET GO 3" in fleet.worker.text()
-    assert fleet.nograd("models", "unload", "one")[0] == 0
-    assert fleet.nograd("models", "load", "three")[0] == 0
+    assert fleet.hosting("unload", "one")[0] == 0
+    assert fleet.hosting("load", "three")[0] == 0
     assert client.submit("three", 2).result(TIMEOUT) == 6
 
 
@@ -324,7 +325,7 @@ def test_a_worker_is_alive_before_a_model_is_ready(fleet, client):
     gate = fleet.file.with_name("gate")
     fleet.file.write_text(STEADY + slow("extra", 10, gate))
     until(fleet.ready)
-    code, said = fleet.nograd("models", "load", "extra", "--timeout", "0")
+    code, said = fleet.hosting("load", "extra", "--timeout", "0")
     assert (code, said["workers"][fleet.worker.name]["status"]) == (1, "loading")
     why = f"extra is loading on {fleet.worker.name}"
     until(lambda: fleet.nograd(*READY) == (1, {"ready": False, "workers": [fleet.worker.name], "reason": why}))
@@ -332,7 +333,7 @@ def test_a_worker_is_alive_before_a_model_is_ready(fleet, client):
     until(lambda: fleet.ready("--model", "steady"))
     assert client.broker.answers()
     gate.touch()
-    assert fleet.nograd("models", "load", "extra")[0] == 0  # waits for the one that is on its way
+    assert fleet.hosting("load", "extra")[0] == 0  # waits for the one that is on its way
     until(lambda: fleet.ready("--model", "extra"))
     assert not fleet.ready("--here")  # its name is of no host
 
