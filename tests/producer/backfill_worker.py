@@ -103,7 +103,7 @@ def run_chunk(**kwargs):
     window = Window(app.backend.client, hints_of(job))
     while GATE.exists():
         time.sleep(0.02)
-    if state.wanted(job.store, window).wish != "run":
+    if window.wish_since(state.read(job.store).since) in ("pause", "cancel"):
         window.forget(call.chunk)
         return
     if settled(job.store, job.plan, call.chunk) is not None:

@@ -174,15 +174,16 @@ class ChunkRunner:
         )
 
     def _attempt(self, task: BoundTask, call: ChunkCall, job: Job, window: Window) -> dict[str, Any]:
-        wanted = state.wanted(job.store, window)
-        if wanted.wish != "run":
+        since = state.read(job.store).since
+        wish = window.wish_since(since)
+        if wish in ("pause", "cancel"):
             window.forget(call.chunk)
-            raise GivenUp(f"{wanted.wish} is wanted")
+            raise GivenUp(f"{wish} is wanted")
         if commit.settled(job.store, job.plan, call.chunk) is not None:
             window.forget(call.chunk)
             return {"chunk": call.chunk, "won": False}
         model, deviations = self._model(job)
-        attempt = Attempt(window, call.chunk, self.closing, since=wanted.since)
+        attempt = Attempt(window, call.chunk, self.closing, since=since)
         with attempt.held() as ours:
             if not ours:
                 # Its owner is alive, or was until a moment ago: whoever was killed holds it for so long.
