@@ -1,6 +1,10 @@
-"""Celery's Redis backends, except that the result of a job is stored with its timings.
+"""Celery's Redis backends, except that the result of a job is stored with its timings, and its end stays.
 
-Law: what is stored differs from what Celery stores by the key ``timings`` alone, so every Celery client reads it.
+Laws:
+
+* What is stored differs from what Celery stores by the key ``timings`` alone, so every Celery client reads it.
+* A state that is no end (RETRY, STARTED) never takes the place of one that is. Stock Celery looks first and stores
+  then: a retry that ends before the attempt that asked for it has stored its RETRY may lose its result to that.
 
 `nograd.tasks.create_app` chooses them by the scheme of the URL; any other app can with
 ``result_backend="nograd.tasks.backend:RedisBackend+redis://…"``.
@@ -8,12 +12,17 @@ Law: what is stored differs from what Celery stores by the key ``timings`` alone
 
 from __future__ import annotations
 
-from typing import Any
+from importlib.resources import files
+from typing import Any, Final
 
+from celery import states
 from celery.backends import redis
 
+#: stores results of jobs that have not ended; see there
+STORE: Final = files(__package__).joinpath("store.lua").read_text(encoding="utf-8")
 
-class _WithTimings:
+
+class _OurResults:
     """For a backend of Celery's that stores metadata as one document."""
 
     def _get_result_meta(self, result: Any, state: Any, traceback: Any, request: Any, **options: Any) -> dict[str, Any]:
@@ -26,10 +35,16 @@ class _WithTimings:
             meta["timings"] = timings
         return meta
 
+    def _set_with_state(self, key: str, value: str, state: str) -> Any:
+        if state in states.READY_STATES:
+            return super()._set_with_state(key, value, state)  # type: ignore[misc]
+        store = self.client.register_script(STORE)  # type: ignore[attr-defined]
+        return self.ensure(store, ([key], [int(self.expires or 0), value]))  # type: ignore[attr-defined]
 
-class RedisBackend(_WithTimings, redis.RedisBackend):  # type: ignore[misc]
+
+class RedisBackend(_OurResults, redis.RedisBackend):  # type: ignore[misc]
     """For ``redis://``, ``rediss://`` and unix sockets."""
 
 
-class SentinelBackend(_WithTimings, redis.SentinelBackend):  # type: ignore[misc]
+class SentinelBackend(_OurResults, redis.SentinelBackend):  # type: ignore[misc]
     """For ``sentinel://``."""

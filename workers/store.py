@@ -12,7 +12,6 @@ Laws:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from typing import Any
 
 from celery import signals
@@ -20,13 +19,13 @@ from celery.app.task import Context
 from celery.app.trace import get_actual_ignore_result
 from celery.backends.redis import RedisBackend
 
+from nograd.tasks.backend import STORE
 from nograd.tasks.backend import RedisBackend as OwnRedisBackend
 
 #: results in one call of the script, and bytes: Redis runs nothing else meanwhile
 MOST_RESULTS = 256
 MOST_BYTES = 4 * 1024 * 1024
 
-_SCRIPT = files(__package__).joinpath("store.lua").read_text(encoding="utf-8")
 _EVENTFUL = ("callbacks", "chain", "chord")
 
 
@@ -39,7 +38,7 @@ class ResultStore:
         self.hostname = hostname
         # Exactly these classes: another (Sentinel's, a user's) may store in another way.
         self.usable = type(app.backend) in (RedisBackend, OwnRedisBackend) and not app.conf.task_track_started
-        self._script = app.backend.client.register_script(_SCRIPT) if self.usable else None
+        self._script = app.backend.client.register_script(STORE) if self.usable else None
 
     def plain(self, request: Mapping[str, Any], embed: Mapping[str, Any] | None) -> bool:
         """Whether a message may be settled here."""

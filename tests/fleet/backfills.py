@@ -168,6 +168,21 @@ def let_go_on(job: Job) -> None:
     state.write(job.store, State())
 
 
+def forget(window: Window, job: Job) -> Callable[[], None]:
+    """Who runs the chunks that are being run now is forgotten, each time it is called: whoever it is renews its claim.
+
+    Not more: were all hints forgotten again and again, every chunk that is missing would be sent again and again, and
+    a slow machine would not get through all these messages.
+    """
+    owners = window.client.hgetall(f"nograd:backfill:{hints_of(job)}:owners")
+
+    def again() -> None:
+        for chunk, owner in owners.items():
+            window.release(int(chunk), owner.decode())
+
+    return again
+
+
 def run(client: Any, job: Job, seconds: float = PATIENCE_S) -> Any:
     """Run a backfill to its end and verify it; its predictions, in order."""
     drive(client, job, seconds)
