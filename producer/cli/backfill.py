@@ -233,7 +233,7 @@ def errors(run: Run, *, out: str) -> int:
     table = Table("rows", "stage", "type", "message", "for example")
     for each in clusters:
         example = each.samples[0]
-        table.add_row(f"{each.rows:,}", each.stage, each.type, each.message, f"{example.id}: {example.message}")
+        table.add_row(f"{each.rows:,}", each.stage, each.type, each.message, f"{example.label}: {example.message}")
     document = {"rows": sum(each.rows for each in clusters), "clusters": msgspec.to_builtins(clusters)}
     run.emit(document, table if clusters else "no failed rows")
     return OK
@@ -354,9 +354,10 @@ def _stay(run: Run, job: Backfill, *, detach: bool) -> int:
 
 def _estimate(estimate: Estimate) -> str:
     """An estimate for people."""
+    chunks = f"{estimate.chunks:,} chunks of {estimate.rows_per_chunk:,}" if estimate.chunks > 1 else "1 chunk"
     up = f"{estimate.workers} worker{'s' * (estimate.workers != 1)} of {estimate.model} up"
     lines = [
-        f"{estimate.rows:,} rows, {estimate.files:,} files; {estimate.chunks:,} chunks of {estimate.rows_per_chunk:,}",
+        f"{estimate.rows:,} rows, {estimate.files:,} file{'s' * (estimate.files != 1)}; {chunks}",
         f"{estimate.rows_per_s:,.0f} rows/s by one worker, measured with {estimate.sampled:,} rows; {up}",
         f"time: {span(estimate.low_s, estimate.high_s)}; output: about {size(estimate.out_bytes)}",
     ]

@@ -43,6 +43,11 @@ class RowFailure(msgspec.Struct, frozen=True, kw_only=True):
     type: str
     message: str
 
+    @property
+    def label(self) -> str:
+        """What names it for people: its id, or its position where it has none of its own."""
+        return f"row {self.row}" if self.id in (None, self.row) else str(self.id)
+
 
 @dataclass(frozen=True, slots=True)
 class Slice:

@@ -101,7 +101,7 @@ def _until(slices: Iterable[Slice], until: float) -> Iterator[Slice]:
 
 def _told(failure: RowFailure, others: int) -> str:
     also = f" and {others:,} other{'s' * (others != 1)}" if others else ""
-    return f"{failure.id}{also}: {failure.message}"
+    return f"{failure.label}{also}: {failure.message}"
 
 
 def _good(scored: Scored) -> Any:

@@ -230,7 +230,8 @@ class CsvReader(TextReader):
             self._names = (file.url, names)
         if not len(self.own):
             return Piece(pa.RecordBatch.from_arrays([pa.nulls(len(block))], ["nothing"]), {})
-        columns, bad = _parsed(self._names[1], self.own.names, self.quoting, block)
+        columns, unread = _parsed(self._names[1], self.own.names, self.quoting, block)
+        bad = {index: f"{why}{block.place(index, file.name)}" for index, why in unread.items()}
         arrays = []
         for field in self.own:
             array, misfits = _typed(columns[field.name], field.type)

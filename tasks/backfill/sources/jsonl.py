@@ -191,13 +191,12 @@ class JsonlReader(TextReader):
 
     def parse(self, file: InputFile, block: Block) -> Piece:
         """At once; line by line where that fails."""
-        del file
         table = _parse_at_once(block, self.own) if len(self.own) else None
         if table is not None:
             batches = table.combine_chunks().to_batches()
             if len(batches) == 1:
                 return Piece(batches[0].select(self.own.names).cast(self.own), {})
-        return rows_to_batch(self.own, [_line(block.record(index)) for index in range(len(block))])
+        return rows_to_batch(self.own, file, block, [_line(block.record(index)) for index in range(len(block))])
 
 
 class OpenAIReader(TextReader):
@@ -205,7 +204,6 @@ class OpenAIReader(TextReader):
 
     def parse(self, file: InputFile, block: Block) -> Piece:
         """Line by line: each body is a text of its own."""
-        del file
         decoder = msgspec.json.Decoder(_Line)
         rows: list[dict[str, object] | str] = []
         for index in range(len(block)):
@@ -214,4 +212,4 @@ class OpenAIReader(TextReader):
                 rows.append({CUSTOM_ID: line.custom_id, BODY: bytes(line.body).decode("utf-8")})
             except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as err:
                 rows.append(f"the line is none of OpenAI's batch format: {err}")
-        return rows_to_batch(self.own, rows)
+        return rows_to_batch(self.own, file, block, rows)

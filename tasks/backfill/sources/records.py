@@ -64,6 +64,10 @@ class Block(NamedTuple):
         """One record."""
         return self.data[self.starts[index] : self.ends[index]]
 
+    def place(self, index: int, name: str) -> str:
+        """Where a record stands, to follow what is wrong with it. Its line is not known: nobody reads from the top."""
+        return f"; it begins at byte {self.offset + int(self.starts[index])} of {name!r}"
+
     def text(self) -> bytes:
         """The bytes from the first record to the last."""
         return self.data[self.starts[0] : self.ends[-1]] if len(self) else b""

@@ -92,14 +92,16 @@ class TextReader(Reader):
                     return
 
 
-def rows_to_batch(schema: pa.Schema, rows: list[dict[str, object] | str]) -> Piece:
+def rows_to_batch(schema: pa.Schema, file: InputFile, block: Block, rows: list[dict[str, object] | str]) -> Piece:
     """Columns from values, row by row: the way for blocks in which some row does not fit.
 
     Args:
         schema: of the columns.
+        file: where the records stand.
+        block: the records.
         rows: values by column, or why there are none.
     """
-    bad = {index: row for index, row in enumerate(rows) if isinstance(row, str)}
+    bad = {index: f"{row}{block.place(index, file.name)}" for index, row in enumerate(rows) if isinstance(row, str)}
     arrays = []
     for field in schema:
         values = [None if isinstance(row, str) else row.get(field.name) for row in rows]

@@ -56,3 +56,8 @@ def test_errors_that_are_committed_and_not_yet_in_their_place_are_read(tmp_path,
     (found,) = failures(job)
     assert (found.row, found.stage, found.type) == (4, "output", "output_type")
     assert found.id == (4 if kind == "csv" else "id4")
+
+
+@pytest.mark.parametrize(("named", "label"), [("k7", "k7"), (None, "row 7"), (7, "row 7"), (8, "8")])
+def test_a_row_is_told_by_its_id_and_by_its_position_if_it_has_none(named, label):
+    assert RowFailure(row=7, id=named, stage="read", type="invalid_input", message="x").label == label

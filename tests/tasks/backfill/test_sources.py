@@ -44,7 +44,7 @@ def test_csv_with_quoted_newlines_and_a_row_of_text_among_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (b"3,1,2,4", "the record has 4 fields, the header 3"),
+        (b"3,1,2,4", "the record has 4 fields, the header 3; it begins at byte 36 of '"),
         (b"3", "the record has 1 fields, the header 3"),
         (b"3,\xff\xfe,2", "the record is no UTF-8"),
         (b"3,,2", "column 'x' has no value"),
@@ -100,7 +100,9 @@ def test_jsonl_with_a_bad_line_text_among_numbers_and_dates(tmp_path):
     assert [(f.row, f.id) for f in failures] == [(7, "a7"), (8, None), (9, None), (10, "a10")]
     assert failures[0].message == "column 'x': 'text' is not a number"
     assert failures[1].message.startswith("the line is no JSON")
-    assert failures[2].message == "the line is no JSON object but a list"
+    place = len("\n".join(lines[:9])) + 1
+    where = f"it begins at byte {place} of '{tmp_path / 'in.jsonl'}'"
+    assert failures[2].message == f"the line is no JSON object but a list; {where}"
     assert failures[3].message == "column 'x' has no value"
 
 
