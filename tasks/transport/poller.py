@@ -25,7 +25,22 @@ class Poller(kombu_redis.MultiChannelPoller):  # type: ignore[misc]
                 self._register_LISTEN(channel)
 
     def on_readable(self, fileno: int) -> Any:
-        """Read, whatever the credit."""
+        """Read, whatever the credit.
+
+        A consumer that is cancelled meanwhile is so once the read is done, as in `get`: Celery cancels in the handler
+        of the signal for a cold shutdown, and a reply cannot be read by two at a time.
+        """
+        if self._in_protected_read:
+            return self._read(fileno)
+        self._in_protected_read = True
+        try:
+            return self._read(fileno)
+        finally:
+            self._in_protected_read = False
+            while self.after_read:
+                self.after_read.pop()()
+
+    def _read(self, fileno: int) -> Any:
         found = self._fd_to_chan.get(fileno)
         if found is None:
             logger.debug("on_readable: fd %r not mapped, ignoring", fileno)

@@ -12,6 +12,7 @@ from contextlib import suppress
 import kombu
 import pytest
 import redis
+from kombu.asynchronous import Hub
 
 from nograd.tasks import transport
 from waiting import PATIENCE_S
@@ -71,6 +72,42 @@ def test_a_lease_id_is_a_deliverys_and_not_a_messages(server, connect):
     (second,) = consumer.drain()
     assert first.properties["delivery_tag"] == second.properties["delivery_tag"]
     assert first.delivery_tag != second.delivery_tag
+
+
+class Interrupted:
+    """A socket whose reader hears a signal right after it has received something."""
+
+    def __init__(self, socket, handler):
+        self._socket, self._handler = socket, handler
+
+    def __getattr__(self, name):
+        return getattr(self._socket, name)
+
+    def recv(self, *args):
+        data = self._socket.recv(*args)
+        handler, self._handler = self._handler, None
+        if handler is not None:
+            handler()
+        return data
+
+
+def test_a_consumer_cancelled_by_a_signal_in_the_middle_of_a_read_gives_back_what_is_read(server, connect):
+    connection, hub = connect(server), Hub()
+    consumer = Consumer(connection)
+    connection.register_with_event_loop(hub)
+    hub.run_once()  # it asks, and waits at the bell
+    buffer = consumer.channel.client.connection._parser._buffer
+    buffer._sock = Interrupted(buffer._sock, consumer.consumer.cancel)
+    publish(connect(server), count=3)
+    until = time.monotonic() + PATIENCE_S
+    while consumer.channel.active_queues or buffer._sock._handler is not None:
+        assert time.monotonic() < until
+        hub.run_once()
+    transport.flush()
+    assert consumer.messages == []
+    assert [json.loads(raw)["headers"] for raw in server.client.lrange("q", 0, -1)] == [{}] * 3
+    assert left(server) == NOTHING_LEFT
+    hub.close()
 
 
 def test_an_acknowledgement_leaves_nothing_behind(each_server, connect):
