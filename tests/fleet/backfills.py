@@ -20,14 +20,13 @@ import msgspec
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from nograd.tasks.backfill import layout, state
+from nograd.tasks.backfill import layout
 from nograd.tasks.backfill import plan as plans
 from nograd.tasks.backfill.draft import draft, head
 from nograd.tasks.backfill.plan import Job
 from nograd.tasks.backfill.progress import progress
 from nograd.tasks.backfill.pump import pump
 from nograd.tasks.backfill.sources import Survey, survey
-from nograd.tasks.backfill.state import State
 from nograd.tasks.backfill.store import open_store
 from nograd.tasks.backfill.task import Calibration, Sample, hints_of, send_chunk, send_sample
 from nograd.tasks.backfill.verify import verify
@@ -157,15 +156,18 @@ def drive(client: Any, job: Job, seconds: float = PATIENCE_S, until: Callable[[]
 def send_first(client: Any, job: Job) -> Window:
     """Have the first chunk of a backfill run and no other, until `let_go_on`; its hints."""
     window = window_of(client, job)
-    state.write(job.store, State(wish="pause"))  # nobody sends any more; what was sent is run all the same
-    (first,) = window.top_up(range(job.plan.chunks), most=1)
-    send_chunk(client.app, job, first)
+    others = Window(client.app.backend.client, hints_of(job), claim_s=3600)
+    for chunk in range(1, job.plan.chunks):
+        assert others.claim(chunk, "a test")
+    assert window.top_up(range(job.plan.chunks), most=1) == [0]
+    send_chunk(client.app, job, 0)
     return window
 
 
-def let_go_on(job: Job) -> None:
+def let_go_on(window: Window, job: Job) -> None:
     """Its other chunks may be sent."""
-    state.write(job.store, State())
+    for chunk in range(1, job.plan.chunks):
+        window.release(chunk, "a test")
 
 
 def forget(window: Window, job: Job) -> Callable[[], None]:

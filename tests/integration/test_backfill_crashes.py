@@ -290,7 +290,7 @@ def test_changed_weights_are_refused_by_name_until_they_are_put_back(client, fle
     backfills.write_weights(folder, [4.0, 3.0, 2.0, 1.0])
     try:
         reload(client, "linear", workers)
-        backfills.let_go_on(job)
+        backfills.let_go_on(window, job)
         with pytest.raises(backfills.Paused, match=r"model linear: weights was .*, is "):
             backfills.drive(client, job)
         assert len(job.store.names("_commits")) == 1

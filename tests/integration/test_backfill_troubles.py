@@ -243,11 +243,11 @@ def test_an_image_that_disappears_midway_is_an_error_row(client, moments, tmp_pa
         (source / f"{n:02}.png").write_bytes(file_of(Image.new("RGB", (n + 1, 2))))
     job = backfills.planned(client, "area", source, tmp_path / "out", 8, sampled=4)
     moments.arm("an image")
-    backfills.send_first(client, job)
+    window = backfills.send_first(client, job)
     until(moments.reached)
     (source / "63.png").unlink()
     moments.release()
-    backfills.let_go_on(job)
+    backfills.let_go_on(window, job)
     found = backfills.run(client, job)
     assert found["prediction"].to_pylist() == [2.0 * (n + 1) for n in range(63)]
     (failed,) = backfills.errors(job)
@@ -259,13 +259,11 @@ def test_a_full_disk_pauses_the_run_until_there_is_room(client, undisturbed, sma
     job = read_folder(undisturbed, small_disk / "out")
     window = backfills.send_first(client, job)
     until(lambda: job.store.names("_commits"))
-    window.wish = "pause"
-    backfills.let_go_on(job)  # it has to write, too
     filler = small_disk / "filler"
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(1024))
-    window.wish = "run"
+    backfills.let_go_on(window, job)
     with pytest.raises(backfills.Paused, match="No space left on device"):
         backfills.drive(client, job)
     assert job.store.size("_SUCCESS") is None
