@@ -115,8 +115,8 @@ class Chaos:
         self.redis.start()
 
     def forget(self, _pid: int, job: Job) -> None:
-        """The claims are lost, so that another worker runs the same chunk."""
-        again = backfills.forget(backfills.window_of(self.client, job), job)
+        """The hints are lost, so that another worker runs the same chunk."""
+        again = backfills.forget(backfills.window_of(self.client, job))
         backfills.drive(self.client, job, 120, until=again)  # each turn: the one that is held renews its claim
         self.moments.release()
 

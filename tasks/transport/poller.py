@@ -13,6 +13,8 @@ logger = get_logger(__name__)
 class Poller(kombu_redis.MultiChannelPoller):  # type: ignore[misc]
     """The poller of kombu, except that a reply that is on its way is always read: its messages are leased already."""
 
+    _in_protected_read: bool  # of kombu: cancelling a consumer waits
+
     def _update_brpop_polling(self) -> None:
         """Nothing: kombu stops reading while there is no credit; a reply left unread is leases nobody beats for."""
 

@@ -35,6 +35,8 @@ from waiting import PATIENCE_S
 
 #: the command
 NOGRAD = Path(sys.executable).with_name("nograd")
+#: seconds between two times at which `forget` does
+FORGET_S = 2.0
 #: of `backfill_models`
 MODELS = """
 [linear]
@@ -170,17 +172,18 @@ def let_go_on(window: Window, job: Job) -> None:
         window.release(chunk, "a test")
 
 
-def forget(window: Window, job: Job) -> Callable[[], None]:
-    """Who runs the chunks that are being run now is forgotten, each time it is called: whoever it is renews its claim.
+def forget(window: Window) -> Callable[[], None]:
+    """To be called again and again: the hints are lost, every `FORGET_S`, since a worker that is held renews its claim.
 
-    Not more: were all hints forgotten again and again, every chunk that is missing would be sent again and again, and
-    a slow machine would not get through all these messages.
+    Not each time: what is missing would be sent each time, and a slow machine would not get through all the messages.
     """
-    owners = window.client.hgetall(f"nograd:backfill:{hints_of(job)}:owners")
+    due = time.monotonic()
 
     def again() -> None:
-        for chunk, owner in owners.items():
-            window.release(int(chunk), owner.decode())
+        nonlocal due
+        if time.monotonic() >= due:
+            window.clear()
+            due = time.monotonic() + FORGET_S
 
     return again
 

@@ -154,7 +154,7 @@ def test_two_workers_on_one_chunk_commit_it_once(client, fleet, job, undisturbed
     window = backfills.drive(client, job, until=moments.reached)
     chunk, first = moments.chunk(), fleet.of(moments.pid())
     # Nobody remembers that it is being run; again and again, for the worker that is held renews its claim.
-    backfills.drive(client, job, until=backfills.forget(window, job))
+    backfills.drive(client, job, until=backfills.forget(window))
     winner = find_record(job.store, job.plan, chunk)
     let_lose(moments, job, winner)
     assert first.alive()
