@@ -22,6 +22,7 @@ Laws:
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
@@ -73,6 +74,8 @@ STORE_S = 30
 LOAD_S = 5
 #: seconds it waits for a look at an open backfill
 LOOK_S = 5
+#: seconds a cold shutdown takes at most, from when the pool hears of it
+COLD_S = 15
 
 
 class Task(Handle):
@@ -244,7 +247,9 @@ class TaskPool(BasePool):  # type: ignore[misc]
             self.watchdog.finish()
 
     def on_terminate(self) -> None:
-        """Cold shutdown: wait for nothing. The threads are daemons; what they held is delivered again."""
+        """Cold shutdown: wait for nothing. What the threads held is delivered again."""
+        # An interpreter may never end while threads are in a model's code, or rows of a backfill are being prepared.
+        signal.alarm(COLD_S)
         self.on_close()
 
     def terminate_job(self, pid: int, signal: Any = None) -> None:

@@ -267,6 +267,19 @@ def test_a_worker_told_to_stop_gives_its_chunk_up_and_another_runs_it(client, fl
     assert "Traceback" not in leaving.text().partition("Warm shutdown")[2]  # nothing is wrong
 
 
+def test_a_cold_shutdown_ends_a_worker_that_is_preparing_a_row(client, fleet, job, undisturbed, moments):
+    fleet.both()
+    moments.arm("prepare")
+    backfills.drive(client, job, until=moments.reached)
+    leaving = fleet.of(moments.pid())
+    leaving.process.send_signal(signal.SIGQUIT)
+    leaving.process.wait(PATIENCE_S)
+    moments.clear()
+    fleet.replace()
+    backfills.drive(client, job)
+    check_same(job, undisturbed)
+
+
 def test_other_numbers_of_workers_make_the_same_manifest(client, fleet, job, undisturbed):
     fleet.both()
     backfills.run(client, job)
