@@ -53,9 +53,8 @@ class Lead:
 
 #: for what must not wait while the CPU is at something else: a GPU, or whatever else a forward waits for
 FAR = Lead(3, BLOCKS)
-#: for a CPU, which can prepare or run, and gains nothing by more: while a batch of one chunk runs, the worker's other
-#: chunk prepares its next one
-NEAR = Lead(0, 1)
+#: for a CPU, which can prepare or run, and gains nothing by more: a worker holds up to two chunks' rows
+NEAR = Lead(0, 2)
 
 #: prepared rows that wait for company, in batches: of images that all have a size of their own, most would wait
 GROUPED = 16

@@ -16,7 +16,7 @@ from nograd.tasks.backfill.sources import survey
 from nograd.tasks.modelfile import load_model_file
 from nograd.workers.backfill.block import Block
 from nograd.workers.backfill.columns import to_array
-from nograd.workers.backfill.scoring import FAR, NEAR, Device, lead_for, scorer_for
+from nograd.workers.backfill.scoring import FAR, NEAR, Device, Lead, lead_for, scorer_for
 from nograd.workers.models import open_model
 
 CODE = """
@@ -194,8 +194,8 @@ class Late(Block):
         return super().wait(timeout_s)
 
 
-@pytest.mark.parametrize(("lead", "batches"), [(NEAR, 1), (FAR, FAR.slices + FAR.blocks)])
-def test_no_more_rows_are_held_than_the_lead_over_the_device_says(tmp_path, monkeypatch, lead, batches):
+@pytest.mark.parametrize("lead", [Lead(0, 1), NEAR, FAR])
+def test_no_more_rows_are_held_than_the_lead_over_the_device_says(tmp_path, monkeypatch, lead):
     (tmp_path / "counted_models.py").write_text(COUNTED)
     (tmp_path / "models.toml").write_text('[m]\nloader = "python"\nclass = "counted_models:Counted"\ninput = "text"\n')
     (tmp_path / "in.csv").write_text("id,text\n1,a\n")
@@ -211,4 +211,4 @@ def test_no_more_rows_are_held_than_the_lead_over_the_device_says(tmp_path, monk
     finally:
         sys.modules.pop("counted_models", None)
     assert found == [2 * n for n in range(40)]
-    assert most <= batches * len(slices[0])
+    assert most <= (lead.slices + lead.blocks) * len(slices[0])
