@@ -56,6 +56,10 @@ from .watchdog import Activities
 
 logger = logging.getLogger(__name__)
 
+#: seconds its thread waits, in the end, for batches to be freed: one that is in torch's code when the interpreter ends
+#: would abort the process
+FREE_S = 5
+
 T = TypeVar("T")
 
 
@@ -274,7 +278,7 @@ class Engine:
                 while self._turn():
                     pass
             finally:
-                self._spent.close()
+                self._spent.finish(FREE_S)
                 for call in list(self._calls):
                     call.set_exception(ConfigError("the worker is shutting down"))
 
@@ -298,6 +302,7 @@ class Engine:
         except BaseException as err:
             # Not a model's error (those are outcomes) but one of ours. A thread that ended here would leave a worker
             # that takes jobs and answers none.
+            self._tell()  # of what has run, the first outcome counts
             logger.critical("a batch could not be handed over; this is a bug", exc_info=True)
             if isinstance(batch, Batch):
                 for item in batch.items:
@@ -413,6 +418,7 @@ class Engine:
         self._on_device = batch.items
         try:
             if any(item.late is not None for item in batch.items):
+                self._clear()  # nobody who has run waits, or is named, while those inside the gate come out
                 with self.risks.gate.alone():
                     self._run_items(model, batch.items)
                     self._clear()  # before anybody else is let in, over whom the process might die as well

@@ -20,6 +20,7 @@ A model's classes are imported once per process: changed code needs another work
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 import weakref
@@ -206,10 +207,11 @@ class Hosting:
         jobs.clear()
         self._announce()
         until = time.monotonic() + LET_GO_S
-        free(self._engine.device)
+        gc.collect()
         while model() is not None and time.monotonic() < until:
             time.sleep(0.05)  # its last jobs are being finished and stored
-            free(self._engine.device)
+            gc.collect()
+        free(self._engine.device)
         if model() is not None:
             logger.warning("something still refers to model %s; its memory is not free", name)
         logger.info("model %s is unloaded; %d of its jobs go back to their queue", name, waited)

@@ -495,8 +495,10 @@ def _run_each(tasks: list[Task]) -> None:
 
 
 def _run_chunks(chunks: list[Task]) -> None:
-    transport.resume()  # none waits any more: `TaskPool._room` has some for the next one
-    _run_each(chunks)
+    try:
+        transport.resume()  # none waits any more: `TaskPool._room` has some for the next one
+    finally:
+        _run_each(chunks)
 
 
 def _withdraw_each(handles: list[Handle]) -> None:

@@ -247,7 +247,24 @@ def test_who_ran_alone_is_taken_back_before_others_are_let_in_though_another_fol
     assert other.done.wait(TIMEOUT)
     between = told.forwards[: told.forwards.index([other])]
     assert between[-1] == []
-    assert between[0] == [alone]
+    assert next(jobs for jobs in between if jobs) == [alone]
+
+
+def test_who_has_run_is_told_and_taken_back_before_the_next_waits_to_be_alone(engine, told):
+    gate, entered = threading.Event(), threading.Event()
+    engine.queue.call(lambda: (entered.set(), gate.wait()))
+    assert entered.wait(TIMEOUT)
+    before, alone = Job(), Job()
+    put(engine, before)
+    put(engine, alone, late=lambda: 0)
+    engine.risks.gate.enter()  # a preparation that takes its time
+    told.cleared.clear()
+    gate.set()
+    assert before.done.wait(TIMEOUT)
+    assert told.cleared.wait(TIMEOUT)
+    assert not alone.done.is_set()
+    engine.risks.gate.leave()
+    assert alone.done.wait(TIMEOUT)
 
 
 def test_a_device_lost_in_a_late_preparation_is_lost_over_its_job(engine, told):

@@ -96,7 +96,8 @@ class Lookout:
                 continue
             out = turn.run.out
             if (last := self._looks.get(out)) is not None and last.is_alive():
-                continue  # it hangs here; others find it due after `every_s`
+                self._list.give_back(turn)  # it hangs here, perhaps not for others
+                continue
             look = threading.Thread(target=self._look_at, args=(turn,), name="nograd-look", daemon=True)
             self._looks[out] = look
             look.start()

@@ -20,20 +20,20 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-_PACKAGE = "torch._dynamo"
-_UTILS = f"{_PACKAGE}.utils"
+_UTILS = "torch._dynamo.utils"
 
 
 @contextmanager
 def without_compiler() -> Iterator[None]:
     """Around an import of torchvision."""
-    if _PACKAGE in sys.modules:
+    if "torch._dynamo" in sys.modules:
         yield
         return
-    package, utils = _Later(_PACKAGE), _Later(_UTILS)
-    package.__path__ = []
+    # Only this module of it: ``from … import`` takes one that is there without looking for its package, and whoever
+    # imports another one meanwhile, on this thread or a different one, gets the compiler.
+    utils = _Later(_UTILS)
     utils.is_compile_supported = _is_compile_supported  # type: ignore[attr-defined]
-    sys.modules.update({_PACKAGE: package, _UTILS: utils})
+    sys.modules[_UTILS] = utils
     try:
         yield
     finally:
@@ -41,19 +41,18 @@ def without_compiler() -> Iterator[None]:
 
 
 class _Later(ModuleType):
-    """Stands for a module of the compiler."""
+    """Stands for the module of the compiler."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # whoever looks through all modules asks for their files, and wants nothing of them
             raise AttributeError(name)
         _end()
-        return getattr(import_module(self.__name__), name)
+        return getattr(import_module(_UTILS), name)
 
 
 def _end() -> None:
-    for name in (_PACKAGE, _UTILS):
-        if isinstance(sys.modules.get(name), _Later):
-            del sys.modules[name]
+    if isinstance(sys.modules.get(_UTILS), _Later):
+        sys.modules.pop(_UTILS, None)
 
 
 def _is_compile_supported(device_type: Any) -> Any:

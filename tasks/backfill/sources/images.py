@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from nograd.tasks.backfill.extra import is_foreign
 from nograd.tasks.backfill.plan import Extent, InputFile, SourceSpec, TableSchema
 from nograd.tasks.errors import InvalidInput, SourceError
 
@@ -85,8 +86,10 @@ def read_image(url: str, size: int) -> bytes:
         if not is_remote(url) and not os.path.isdir(os.path.dirname(url)):  # noqa: PTH112, PTH120
             raise SourceError(f"{os.path.dirname(url)} is gone since the plan was made") from err  # noqa: PTH120
         raise InvalidInput(f"cannot read the file: {getattr(err, 'strerror', None) or err}") from err
-    except OSError as err:
-        raise SourceError(f"{url}: cannot be read: {err.strerror or err}") from err
+    except Exception as err:
+        if isinstance(err, OSError) or is_foreign(err):
+            raise SourceError(f"{url}: cannot be read: {getattr(err, 'strerror', None) or err}") from err
+        raise
     if len(data) != size:
         raise InvalidInput(f"the file had {size} bytes when the plan was made, has {len(data)}")
     if not data:

@@ -5,7 +5,9 @@ import os
 import random
 from pathlib import Path
 
+import botocore.exceptions
 import fsspec
+import fsspec.implementations.memory
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -355,3 +357,18 @@ def test_a_calibration_reads_rows_before_there_is_a_plan(tmp_path):
     reader = reader_of(found.spec, lambda first, count: found.files[first : first + count])
     rows = [row for piece in reader.slices(head(found, 5, start=1500)) for row in piece.good.to_pylist()]
     assert rows == [{"row": i, "x": i} for i in range(1500, 1505)]
+
+
+class Unanswered(fsspec.implementations.memory.MemoryFileSystem):
+    """Its library has errors of its own."""
+
+    protocol = "unanswered"
+
+    def _open(self, path, *args, **kwargs):
+        raise botocore.exceptions.EndpointConnectionError(endpoint_url="http://nowhere")
+
+
+def test_a_storage_that_does_not_answer_blames_no_row_whatever_its_library_raises():
+    fsspec.register_implementation("unanswered", Unanswered, clobber=True)
+    with pytest.raises(SourceError, match="nowhere"):
+        read_image("unanswered://bucket/a.jpg", 10)

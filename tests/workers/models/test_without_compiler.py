@@ -70,6 +70,17 @@ with without_compiler():
 assert there()
 assert counters is torch._dynamo.utils.counters
 """,
+    "who imports another part of it meanwhile gets it": """
+from nograd.workers.models.without_compiler import without_compiler
+
+with without_compiler():
+    import torch._dynamo.config
+    import torchvision
+assert there()
+from torch._dynamo.utils import counters
+from torchvision.ops.roi_align import is_compile_supported
+assert is_compile_supported("cpu") == torch._dynamo.utils.is_compile_supported("cpu")
+""",
     "where it is loaded nothing changes": """
 import torch._dynamo
 import nograd.workers.models.torchvision
