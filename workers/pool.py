@@ -141,6 +141,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self.chunks: ChunkRunner | None = None
         self.lookout: Lookout | None = None
         self._stopping = threading.Event()
+        self._ends = False
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -224,7 +225,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         """Finish what is on the device, store and acknowledge it."""
         self.on_close()
         transport.throttle(None)
-        if state.should_terminate not in (None, False):  # a cold shutdown comes here, too, inside a signal handler
+        if _is_cold():  # it comes here, too, inside a signal handler
             return
         if self.preparer is not None:
             self.preparer.finish()
@@ -248,9 +249,14 @@ class TaskPool(BasePool):  # type: ignore[misc]
 
     def on_terminate(self) -> None:
         """Cold shutdown: wait for nothing. What the threads held is delivered again."""
-        # An interpreter may never end while threads are in a model's code, or rows of a backfill are being prepared.
-        signal.alarm(COLD_S)
+        self._end_soon()
         self.on_close()
+
+    def _end_soon(self) -> None:
+        # An interpreter may never end while threads are in a model's code, or rows of a backfill are being prepared.
+        if not self._ends:
+            self._ends = True
+            signal.alarm(COLD_S)
 
     def terminate_job(self, pid: int, signal: Any = None) -> None:
         """Nothing: ``pid`` is this very process. `Handle.terminate` is what ends a job here."""
@@ -316,6 +322,10 @@ class TaskPool(BasePool):  # type: ignore[misc]
         return self.engine.alive and self.watchdog.alive
 
     def _on_tick(self) -> None:
+        if (
+            self._stopping.is_set() and _is_cold()
+        ):  # it may have been a warm shutdown till now, which waits for the device
+            self._end_soon()
         if self.engine is None or self.preparer is None:  # its first models are being loaded; `on_start` hears of them
             return
         if not self.engine.alive and not self._stopping.is_set():
@@ -487,6 +497,10 @@ class TaskPool(BasePool):  # type: ignore[misc]
             info["memory_budget"] = self.engine.memory.budget
             info["models"] = self.engine.report()
         return info
+
+
+def _is_cold() -> bool:
+    return state.should_terminate not in (None, False)
 
 
 def _run_each(tasks: list[Task]) -> None:

@@ -316,6 +316,20 @@ def test_a_soft_shutdown_lets_short_jobs_end_and_gives_long_ones_back(fleet):
     assert long.get(timeout=TIMEOUT)  # from its second worker
 
 
+def test_a_warm_shutdown_that_is_asked_to_hurry_does_not_wait_for_the_device(fleet):
+    worker = fleet.start()
+    running = fleet.on_the_device()
+    waiting = fleet.linger(0)
+    until(lambda: fleet.queued() == 0)
+    worker.process.send_signal(signal.SIGTERM)
+    until(lambda: fleet.queued() == 1)
+    worker.process.send_signal(signal.SIGQUIT)
+    worker.process.wait(TIMEOUT)
+    assert not running.ready()
+    fleet.start()
+    assert waiting.get(timeout=TIMEOUT)
+
+
 def test_a_cold_shutdown_loses_nothing(fleet):
     worker = fleet.start()
     running = fleet.on_the_device()
