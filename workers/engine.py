@@ -382,7 +382,6 @@ class Engine:
     def _unload(self, name: str) -> list[Item]:
         items = self.queue.remove_model(name)
         del self.models[name], self.stats[name]
-        self._last_forward = ()  # the jobs in it know their model
         self.memory.forget(name)
         return items
 
@@ -396,8 +395,7 @@ class Engine:
             except BaseException as err:  # whatever it is, whoever waits for it raises it
                 lost = is_device_lost(err, self.device)
                 future.set_exception(err)
-                if lost:
-                    self._last_forward = ()  # over none of them
+                if lost:  # over none of the jobs: `_turn` has cleared them
                     raise DeviceLost(f"{type(err).__name__}: {err}") from err
 
         self._calls.add(future)

@@ -322,10 +322,8 @@ class TaskPool(BasePool):  # type: ignore[misc]
         return self.engine.alive and self.watchdog.alive
 
     def _on_tick(self) -> None:
-        if (
-            self._stopping.is_set() and _is_cold()
-        ):  # it may have been a warm shutdown till now, which waits for the device
-            self._end_soon()
+        if self._stopping.is_set() and _is_cold():
+            self._end_soon()  # it may have been a warm shutdown till now, which waits for the device
         if self.engine is None or self.preparer is None:  # its first models are being loaded; `on_start` hears of them
             return
         if not self.engine.alive and not self._stopping.is_set():

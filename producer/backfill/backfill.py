@@ -481,7 +481,7 @@ class Backfill:
             with self._client.broker.errors():
                 traffic = stage.window.traffic()
                 hints = {"queued": traffic.queued, "running": traffic.running}
-                wanted = state.wanted(stage.job.store, stage.window)
+                wanted = state.wanted(wanted, stage.window)
         except BrokerUnavailable as err:
             trouble = trouble or err.message
         closed = stage.closed

@@ -54,7 +54,7 @@ def pump(job: Job, window: Window, send: Callable[[int], None], sending_s: float
         if job.store.size(layout.SUCCESS) is None:
             finalize(job)
         return Pumped(0, 0)
-    if state.wanted(job.store, window).wish != "run":
+    if state.wanted(state.read(job.store), window).wish != "run":
         return Pumped(0, len(missing), wanted=False)
     Watchlist(window.client).put(job)  # before anything is issued: who dies over that leaves somebody who looks
     window.find_lost(job.plan.model.name, sending_s)

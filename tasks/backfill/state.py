@@ -49,14 +49,12 @@ def read(store: Store) -> State:
         raise BackfillError(f"{store.url}/{layout.STATE} is not a state of this version: {err}") from err
 
 
-def wanted(store: Store, window: Window) -> State:
-    """What is wanted: what the folder says, unless Redis was told to stop after that was resumed.
+def wanted(told: State, window: Window) -> State:
+    """What is wanted: what the folder has told, unless Redis was told to stop after that was resumed.
 
     Raises:
-        BackfillError: if what stands in the folder cannot be read.
         redis.RedisError: if Redis fails.
     """
-    told = read(store)
     wish = window.wish_since(told.since) if told.wish == "run" else None
     return told if wish in (None, "run") else msgspec.structs.replace(told, wish=wish, why=window.why)
 

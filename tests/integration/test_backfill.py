@@ -12,17 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import redis
 
-from backfills import NOGRAD, nograd, score, write_models, write_weights
+from backfills import NOGRAD, nograd, score, write_weights
 from nograd.producer import Client
 from nograd.tasks.errors import PlanChanged
 from waiting import until
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("night")
-    write_models(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -44,13 +44,6 @@ ROWS, CHUNK = 60, 16
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("troubles")
-    backfills.write_models(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def worker(folder, start_worker):
     return start_worker(folder / "models.toml", env={"NOGRAD_LEASE_S": "3"}.items(), lasts=True)
 

@@ -34,13 +34,6 @@ FIRST = layout.commit_name(0)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("buckets")
-    backfills.write_models(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def source(object_store):
     """Two files in a bucket."""
     texts = ["raise" if n in BAD else "x" * (n % 23) for n in range(ROWS)]

@@ -22,13 +22,6 @@ ROWS = 300
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("own")
-    backfills.write_models(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def start(start_worker, folder):
     def start(model, *, ready=True, **env):
         env = {"NOGRAD_LEASE_S": str(LEASE_S), **env}

@@ -9,12 +9,11 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from nograd.tasks.backfill.extra import is_foreign
 from nograd.tasks.backfill.plan import Extent, InputFile, SourceSpec, TableSchema
 from nograd.tasks.errors import InvalidInput, SourceError
 
 from .base import Files, Piece, Reader, Request, Survey, number_files
-from .listing import Found, is_remote
+from .listing import Found, is_remote, readable
 
 if TYPE_CHECKING:
     import fsspec
@@ -75,21 +74,18 @@ def read_image(url: str, size: int) -> bytes:
         InvalidInput: if the file is gone, empty or of another size than planned: an error of its row.
         SourceError: if its folder is gone or the storage does not answer: an error of the run, no row is to blame.
     """
-    try:
-        if is_remote(url):
-            with fsspec.open(url, "rb") as file:
-                data: bytes = file.read()
-        else:
-            with open(url, "rb") as file:  # noqa: PTH123 - a million of them
-                data = file.read()
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as err:
-        if not is_remote(url) and not os.path.isdir(os.path.dirname(url)):  # noqa: PTH112, PTH120
-            raise SourceError(f"{os.path.dirname(url)} is gone since the plan was made") from err  # noqa: PTH120
-        raise InvalidInput(f"cannot read the file: {getattr(err, 'strerror', None) or err}") from err
-    except Exception as err:
-        if isinstance(err, OSError) or is_foreign(err):
-            raise SourceError(f"{url}: cannot be read: {getattr(err, 'strerror', None) or err}") from err
-        raise
+    with readable(url):
+        try:
+            if is_remote(url):
+                with fsspec.open(url, "rb") as file:
+                    data: bytes = file.read()
+            else:
+                with open(url, "rb") as file:  # noqa: PTH123 - a million of them
+                    data = file.read()
+        except (FileNotFoundError, PermissionError, IsADirectoryError) as err:
+            if not is_remote(url) and not os.path.isdir(os.path.dirname(url)):  # noqa: PTH112, PTH120
+                raise SourceError(f"{os.path.dirname(url)} is gone since the plan was made") from err  # noqa: PTH120
+            raise InvalidInput(f"cannot read the file: {getattr(err, 'strerror', None) or err}") from err
     if len(data) != size:
         raise InvalidInput(f"the file had {size} bytes when the plan was made, has {len(data)}")
     if not data:

@@ -89,18 +89,13 @@ def list_files(urls: Sequence[str]) -> list[Found]:
     """
     found: list[Found] = []
     for url in urls:
-        try:
-            files = list(_remote(url) if is_remote(url) else _local(url))
-        except FileNotFoundError as err:
-            raise SourceError(f"{url}: no such file or folder") from err
-        except OSError as err:
-            raise SourceError(f"{url}: cannot be listed: {err.strerror or err}") from err
-        except (ImportError, ValueError) as err:
-            raise SourceError(f"{url}: {err}") from err
-        except Exception as err:
-            if is_foreign(err):
-                raise SourceError(f"{url}: cannot be listed: {err}") from err
-            raise
+        with readable(url, "listed"):
+            try:
+                files = list(_remote(url) if is_remote(url) else _local(url))
+            except FileNotFoundError as err:
+                raise SourceError(f"{url}: no such file or folder") from err
+            except (ImportError, ValueError) as err:
+                raise SourceError(f"{url}: {err}") from err
         if not files:
             raise SourceError(f"{url}: no files there")
         found.extend(files)
@@ -119,13 +114,13 @@ def stat(url: str) -> Found | None:
 
 
 @contextlib.contextmanager
-def readable(name: str) -> Iterator[None]:
-    """Turn what keeps a file from being read into `SourceError`, whatever library says so."""
+def readable(name: str, done: str = "read") -> Iterator[None]:
+    """Turn what keeps a file from being read (or from what else is ``done``) into `SourceError`, whoever says so."""
     try:
         yield
     except Exception as err:
         if isinstance(err, OSError) or is_foreign(err):
-            raise SourceError(f"{name}: cannot be read: {getattr(err, 'strerror', None) or err}") from err
+            raise SourceError(f"{name}: cannot be {done}: {getattr(err, 'strerror', None) or err}") from err
         raise
 
 
